@@ -1,0 +1,28 @@
+"""E88: a recurrent language model whose memory is a nonlinear matrix.
+
+Importing this package loads nothing heavy; the public names below are resolved on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "tanh_delta_rule": "e88.ops",
+    "tanh_delta_rule_step": "e88.ops",
+    "E88Layer": "e88.layers.e88",
+    "LanguageModel": "e88.models.lm",
+    "ModelConfig": "e88.models.config",
+    "UserError": "e88.errors",
+}
+
+__all__ = ["__version__", *_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'e88' has no attribute '{name}'")
