@@ -1,0 +1,1 @@
+"""Commands of `e88 bench`."""

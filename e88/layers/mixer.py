@@ -1,0 +1,53 @@
+"""What a sequence mixer is, and where each kind is found.
+
+    B batch, T time, D model width
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor, nn
+
+from e88.models.config import MixerConfig
+
+State = dict[str, Tensor]
+
+# Dotted "module:class" names, resolved on request, so that nothing imports a baseline it does not use.
+MIXERS = {
+    "e88": "e88.layers.e88:E88Layer",
+    "gated_deltanet": "e88.baselines.gated_deltanet:GatedDeltaNet",
+    "mamba2": "e88.baselines.mamba2:Mamba2",
+    "attention": "e88.baselines.transformer:Attention",
+}
+
+
+class Mixer(nn.Module):
+    """A causal map [B, T, D] -> [B, T, D] that can also run one token at a time from a state.
+
+    Subclasses are built as `cls(dim, config)`, leave every parameter initialised, and name their output projection
+    `o_proj` or `out_proj` (the model scales it with depth). Parameters with `_no_weight_decay = True` are exempt
+    from weight decay.
+    """
+
+    def forward(self, x: Tensor, state: State | None = None, *, return_state: bool = False) -> tuple[Tensor, State | None]:
+        """The parallel pass over x [B, T, D], continuing from `state`; the second value is None unless asked for."""
+        raise NotImplementedError
+
+    def init_state(self, batch: int, *, device: torch.device | None = None) -> State:
+        """The state before the first token: named tensors, batch first."""
+        raise NotImplementedError
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """One token: x [B, D] -> ([B, D], new state). Equals the parallel pass at that position."""
+        y, new_state = self.forward(x.unsqueeze(1), state, return_state=True)
+        assert new_state is not None
+        return y.squeeze(1), new_state
+
+
+def build_mixer(dim: int, config: MixerConfig) -> Mixer:
+    """The mixer of `config` at model width `dim`."""
+    module, _, name = MIXERS[config.kind].partition(":")
+    mixer: Mixer = getattr(importlib.import_module(module), name)(dim, config)
+    return mixer

@@ -1,0 +1,197 @@
+"""Model configurations: frozen, keyword-only, no torch.
+
+A model is `ModelConfig(dim, depth, mixer=...)`; the mixer's own config decides its kind (`e88`, `gated_deltanet`,
+`mamba2`, `attention`, `none`). `to_dict` / `from_dict` are the one serialised form, used in records, checkpoints and TOML.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from e88.errors import UserError, unknown_name
+
+DECAY_MODES = ("mamba", "sigmoid", "constant", "none")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(isinstance(value, int) and value >= 1, f"{name} must be a positive integer, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class E88Config:
+    """Options of the E88 layer. Defaults are the plain January form: no gate, convolution, norm or write gate."""
+
+    kind: ClassVar[str] = "e88"
+    n_heads: int
+    n_state: int = 32
+    expand_v: float = 1.0
+    decay: str = "mamba"
+    gate: bool = False
+    conv: int = 0
+    head_norm: bool = False
+    write_gate: bool = False
+    tie_kv: bool = False
+    linear_state: bool = False
+
+    def __post_init__(self) -> None:
+        _positive(self, "n_heads", "n_state")
+        _require(self.n_state <= 256, f"n_state {self.n_state} is above 256; use more heads of a smaller state")
+        _require(self.decay in DECAY_MODES, f"decay '{self.decay}' is not one of {', '.join(DECAY_MODES)}")
+        width = self.n_state * self.expand_v
+        _require(width >= 1 and width == int(width), f"n_state * expand_v = {width} must be a whole number >= 1")
+        _require(width <= 256, f"n_state * expand_v = {width:g} is above 256; lower expand_v")
+        _require(self.conv == 0 or 2 <= self.conv <= 8, f"conv must be 0 (off) or a width of 2 to 8, got {self.conv}")
+        _require(not self.tie_kv or self.expand_v == 1, "tie_kv needs expand_v = 1, since k and v are one vector")
+
+    @property
+    def head_k_dim(self) -> int:
+        return self.n_state
+
+    @property
+    def head_v_dim(self) -> int:
+        return int(self.n_state * self.expand_v)
+
+    @property
+    def d_inner(self) -> int:
+        """Width of the concatenated heads, H * n_state (the guides' d_inner)."""
+        return self.n_heads * self.n_state
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedDeltaNetConfig:
+    """Gated DeltaNet (Yang et al., 2024), with the parameters of flash-linear-attention's layer."""
+
+    kind: ClassVar[str] = "gated_deltanet"
+    n_heads: int
+    head_dim: int = 128
+    expand_v: float = 1.0
+    conv: int = 4
+    gate: bool = True
+
+    def __post_init__(self) -> None:
+        _positive(self, "n_heads", "head_dim")
+        width = self.head_dim * self.expand_v
+        _require(width >= 1 and width == int(width), f"head_dim * expand_v = {width} must be a whole number >= 1")
+        _require(self.head_dim <= 256, f"head_dim {self.head_dim} is above 256, which the rival's kernels refuse")
+        _require(self.conv == 0 or 2 <= self.conv <= 8, f"conv must be 0 (off) or a width of 2 to 8, got {self.conv}")
+
+    @property
+    def head_v_dim(self) -> int:
+        return int(self.head_dim * self.expand_v)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba2Config:
+    """Mamba2 (Dao and Gu, 2024), with the parameters of mamba-ssm's layer. d_inner = expand * dim."""
+
+    kind: ClassVar[str] = "mamba2"
+    d_state: int = 128
+    head_dim: int = 64
+    expand: int = 2
+    n_groups: int = 1
+    conv: int = 4
+    chunk: int = 256
+
+    def __post_init__(self) -> None:
+        _positive(self, "d_state", "head_dim", "expand", "n_groups", "chunk")
+        _require(2 <= self.conv <= 8, f"conv must be a width of 2 to 8, got {self.conv}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Causal multi-head attention with rotary positions: the Transformer's mixer."""
+
+    kind: ClassVar[str] = "attention"
+    n_heads: int
+    rope_theta: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "n_heads")
+        _require(self.rope_theta > 0, f"rope_theta must be positive, got {self.rope_theta}")
+
+
+MixerConfig = E88Config | GatedDeltaNetConfig | Mamba2Config | AttentionConfig
+MIXER_CONFIGS: dict[str, type] = {
+    c.kind: c for c in (E88Config, GatedDeltaNetConfig, Mamba2Config, AttentionConfig)
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A language model: embedding, `depth` blocks of mixer (and SwiGLU MLP where `mlp_hidden` > 0), tied head.
+
+    dim: width of the residual stream. vocab_size: 256 for bytes. mlp_hidden: inner width of the MLP, 0 for none.
+    """
+
+    dim: int
+    depth: int
+    mixer: MixerConfig
+    vocab_size: int = 256
+    mlp_hidden: int = field(default=0)
+
+    def __post_init__(self) -> None:
+        _positive(self, "dim", "depth", "vocab_size")
+        _require(isinstance(self.mlp_hidden, int) and self.mlp_hidden >= 0, "mlp_hidden must be an integer >= 0")
+        mixer = self.mixer
+        if isinstance(mixer, Mamba2Config):
+            inner = mixer.expand * self.dim
+            _require(
+                inner % mixer.head_dim == 0,
+                f"expand * dim = {inner} is not a multiple of head_dim {mixer.head_dim}; change dim or head_dim",
+            )
+            heads = inner // mixer.head_dim
+            _require(heads % mixer.n_groups == 0, f"{heads} heads do not divide into n_groups = {mixer.n_groups}")
+        if isinstance(mixer, AttentionConfig):
+            ok = self.dim % mixer.n_heads == 0 and (self.dim // mixer.n_heads) % 2 == 0
+            _require(ok, f"dim {self.dim} does not divide into {mixer.n_heads} heads of an even width; change n_heads")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able form; `from_dict` gives back an equal config."""
+        data = dataclasses.asdict(self)
+        data["mixer"] = {"kind": self.mixer.kind, **data["mixer"]}
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ModelConfig:
+        """The config of a mapping; unknown or missing keys raise UserError naming the nearest known key."""
+        data = dict(data)
+        mixer = data.get("mixer")
+        if not isinstance(mixer, Mapping) or "kind" not in mixer:
+            raise UserError(f"the model's mixer needs a kind, one of {', '.join(MIXER_CONFIGS)}")
+        options = dict(mixer)
+        kind = options.pop("kind")
+        if kind not in MIXER_CONFIGS:
+            raise unknown_name("mixer kind", str(kind), MIXER_CONFIGS)
+        data["mixer"] = build_config(MIXER_CONFIGS[kind], options)
+        return build_config(cls, data)
+
+
+def build_config(cls: type, data: Mapping[str, Any]) -> Any:
+    """`cls(**data)` for a dataclass, with one-line errors for unknown, missing and wrongly typed keys."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key, value in data.items():
+        if key not in fields:
+            raise unknown_name(f"{cls.__name__} key", key, fields)
+        kind = str(fields[key].type)
+        expected = {"int": int, "float": (int, float), "bool": bool, "str": str}.get(kind)
+        wrong_bool = isinstance(value, bool) and kind in ("int", "float")
+        if expected is not None and (not isinstance(value, expected) or wrong_bool):
+            raise UserError(f"{cls.__name__} key '{key}' must be of type {kind}, got {value!r}")
+    missing = [
+        f.name
+        for f in fields.values()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in data
+    ]
+    if missing:
+        raise UserError(f"{cls.__name__} is missing {', '.join(missing)}")
+    return cls(**data)
