@@ -1,0 +1,88 @@
+"""The operator of E88, the tanh delta rule: tensors in, tensors out."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from e88.ops.contract import available_backends, check, check_step, choose, record_backends
+
+__all__ = ["available_backends", "record_backends", "tanh_delta_rule", "tanh_delta_rule_step"]
+
+
+def tanh_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    activation: str = "tanh",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Run the recurrence over whole sequences. Differentiable in every floating tensor.
+
+    For each row and head, with the state S [K, V] and d_t = exp(g_t):
+
+        e_t = v_t - S_{t-1}^T k_t
+        S_t = tanh(d_t * S_{t-1} + beta_t * k_t e_t^T)
+        y_t = S_t^T q_t
+
+    Args:
+        q, k: [B, T, H, K], already normalised; q is not scaled. float16, bfloat16, float32 or float64.
+        v: [B, T, H, V], same dtype. K and V are 1 to 256.
+        g: [B, T, H], the log of the decay, at most 0. Not checked, since that would stall a GPU.
+        beta: [B, T, H], the write gate; 1 if None.
+        initial_state: [N, H, K, V]; zero if None. N is B, or the number of packed sequences.
+        output_final_state: also return the state after the last step.
+        cu_seqlens: [N + 1] int32 or int64, sequence n being steps cu_seqlens[n] to cu_seqlens[n + 1] of the
+            single row (B = 1). Sequences may be empty. Values are checked on the CPU only.
+        activation: "tanh", or "identity" for the linear recurrence.
+        backend: "auto" or a name from `available_backends()`.
+
+    Returns:
+        y [B, T, H, V] in v's dtype, and the final state [N, H, K, V] or None. State and sums are float32
+        (float64 for float64 inputs).
+
+    Raises:
+        UserError: wrong shapes, dtypes, devices or names, or a backend that cannot serve the call.
+    """
+    problem = check(q, k, v, g, beta, initial_state, cu_seqlens, activation)
+    module = choose(problem, backend)
+    y, final_state = module.run(q, k, v, g, beta, initial_state, cu_seqlens, activation)
+    return y, final_state if output_final_state else None
+
+
+def tanh_delta_rule_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor | None = None,
+    *,
+    state: Tensor,
+    activation: str = "tanh",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """One token of `tanh_delta_rule`; equal to the parallel call with T = 1.
+
+    Args:
+        q, k: [B, H, K]. v: [B, H, V]. g, beta: [B, H].
+        state: [B, H, K, V], left as it is.
+
+    Returns:
+        y [B, H, V] in v's dtype and the new state [B, H, K, V].
+
+    Raises:
+        UserError: as `tanh_delta_rule`.
+    """
+    problem = check_step(q, k, v, g, beta, state, activation)
+    module = choose(problem, backend)
+    if hasattr(module, "step"):
+        return module.step(q, k, v, g, beta, state, activation)
+    gate = None if beta is None else beta.unsqueeze(1)
+    rows = (x.unsqueeze(1) for x in (q, k, v, g))
+    y, new_state = module.run(*rows, gate, state, None, activation)
+    return y.squeeze(1), new_state
