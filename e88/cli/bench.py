@@ -1,1 +1,93 @@
-"""Commands of `e88 bench`."""
+"""`e88 bench` and `e88 report`: several models under one budget, and the page about them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from e88.cli import EXIT_DIVERGED, app
+from e88.cli.train import training_options
+
+EXIT_FAILED = 1
+
+
+@app.command()
+def bench(
+    presets: Annotated[list[str], typer.Argument(metavar="PRESET...", help="Presets or TOML files to compare.")],
+    out: Annotated[Path, typer.Option(help="Folder of records, runs and the report.")] = Path("runs/bench"),
+    data: Annotated[Optional[str], typer.Option(help="Text file, folder, archive, or prepared data. Default: stdlib.")] = None,
+    tokenizer: Annotated[Optional[str], typer.Option(help="A Hugging Face tokenizer.json. Default: bytes.")] = None,
+    seconds: Annotated[Optional[float], typer.Option(help="Budget of each run: seconds on the training clock.")] = None,
+    steps: Annotated[Optional[int], typer.Option(help="Budget of each run: optimiser steps.")] = None,
+    tokens: Annotated[Optional[int], typer.Option(help="Budget of each run: tokens.")] = None,
+    flops: Annotated[Optional[float], typer.Option(help="Budget of each run: training FLOPs.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each model, with seeds 0, 1, ...")] = 1,
+    batch_size: Annotated[Optional[int], typer.Option(help="Windows per optimiser step.")] = None,
+    window: Annotated[Optional[int], typer.Option(help="Tokens per window.")] = None,
+    set_: Annotated[Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Any other training key.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON lines.")] = False,
+) -> None:
+    """Compare models under equal budgets on equal data; done runs are kept, cut-off runs go on.
+
+    Exit code 0 when every run is done, 3 when one diverged, 1 when one failed.
+    """
+    from e88.runtime import choose_device
+    from e88.study.progress import Progress
+    from e88.study.runner import run_all
+    from e88.study.spec import make_spec
+    from e88.training.loop import Interrupted
+
+    choose_device(device)
+    values = {
+        "seconds": seconds, "steps": steps, "tokens": tokens, "flops": flops, "batch_size": batch_size, "window": window,
+    }  # fmt: skip
+    options = training_options(values, set_ or [])
+    if "budget" not in options and not any(name.endswith(".toml") for name in presets):
+        options["budget"] = {"seconds": 30.0}
+    # Seed by seed, so that an interruption at any point leaves a comparison of all models.
+    specs = [
+        make_spec(name, {**options, "seed": seed}, data=data, tokenizer=tokenizer)
+        for seed in range(seeds)
+        for name in dict.fromkeys(presets)
+    ]
+    progress = Progress("bench", 1.0)
+    try:
+        records = run_all(specs, out, device=device, announcer=progress)
+    except Interrupted as stop:
+        progress.message(str(stop))
+        raise typer.Exit(130) from None
+    _show(records, [out], out, as_json)
+    statuses = {record["status"] for record in records}
+    if "failed" in statuses or "diverged" in statuses:
+        raise typer.Exit(EXIT_FAILED if "failed" in statuses else EXIT_DIVERGED)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders or files of records.")],
+    out: Annotated[Optional[Path], typer.Option(help="Where to write the page. Default: the first folder.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON lines.")] = False,
+) -> None:
+    """Make the table and the HTML page again, from records alone."""
+    from e88.study.store import load_records
+
+    target = out or (folders[0] if folders[0].is_dir() else folders[0].parent)
+    _show(load_records(folders), folders, target, as_json)
+
+
+def _show(records: list[dict[str, Any]], sources: list[Path], out: Path, as_json: bool) -> None:
+    from e88.report import render
+    from e88.report.tables import render_terminal, summary_rows
+
+    if as_json:
+        for record in records:
+            print(json.dumps(record))
+    else:
+        print(render_terminal(summary_rows(records)))
+    page = render(sources, out)
+    print(f"report: {page}", file=sys.stderr)

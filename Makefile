@@ -1,0 +1,34 @@
+# `make demo` compares four small models on this machine's own text; `make test` runs the tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+DEMO = tiny-e88 tiny-gdn tiny-mamba2 tiny-transformer
+
+.PHONY: demo test lint types install clean
+
+demo: $(VENV)/.report
+	$(BIN)/e88 bench $(DEMO) --seconds 30 --out runs/demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+install: $(VENV)/.dev
+
+$(VENV)/.report: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable '.[report]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.report
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

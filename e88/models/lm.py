@@ -1,0 +1,125 @@
+"""The language model around a mixer: one class for E88 and its rivals.
+
+    B batch, T time, D model width, N vocabulary
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from e88.layers.common import RMSNorm
+from e88.layers.mixer import State, build_mixer
+from e88.models.config import ModelConfig
+
+LMState = list[State]
+INIT_STD = 0.02
+RESIDUAL_OUTPUTS = ("o_proj", "out_proj", "down_proj")
+
+
+class MLP(nn.Module):
+    """SwiGLU: W_down(silu(W_gate x) * W_up x), without biases."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(dim, 2 * hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """h + mixer(norm(h)), then h + mlp(norm(h)) where the model has an MLP."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.dim)
+        self.mixer = build_mixer(config.dim, config.mixer)
+        self.mlp_norm = RMSNorm(config.dim) if config.mlp_hidden else None
+        self.mlp = MLP(config.dim, config.mlp_hidden) if config.mlp_hidden else None
+
+    def forward(self, h: Tensor, state: State | None, return_state: bool) -> tuple[Tensor, State | None]:
+        y, new_state = self.mixer(self.norm(h), state, return_state=return_state)
+        return self._mlp(h + y), new_state
+
+    def step(self, h: Tensor, state: State) -> tuple[Tensor, State]:
+        y, new_state = self.mixer.step(self.norm(h), state)
+        return self._mlp(h + y), new_state
+
+    def _mlp(self, h: Tensor) -> Tensor:
+        if self.mlp is None or self.mlp_norm is None:
+            return h
+        return h + self.mlp(self.mlp_norm(h))
+
+
+class LanguageModel(nn.Module):
+    """Embedding, blocks, final RMSNorm, head tied with the embedding. Residual stream in the parameters' dtype.
+
+    Keep the parameters in float32 and compute in bf16 through autocast: an update of 3e-4 on a bf16 weight near 1 is
+    rounded away.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = RMSNorm(config.dim)
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Embedding N(0, 0.02); each branch's output projection shrunk by sqrt(branches), as GPT-2 does."""
+        nn.init.normal_(self.embedding.weight, std=INIT_STD)
+        branches = self.config.depth * (2 if self.config.mlp_hidden else 1)
+        for name, module in self.named_modules():
+            if name.rsplit(".", 1)[-1] in RESIDUAL_OUTPUTS and isinstance(module, nn.Linear):
+                module.weight.mul_(1 / math.sqrt(branches))
+
+    def set_backend(self, name: str) -> None:
+        """Have every mixer that runs on the package's operator use this backend."""
+        for block in self.blocks:
+            if hasattr(block.mixer, "backend"):
+                block.mixer.backend = name
+
+    def hidden(self, tokens: Tensor, state: LMState | None = None, return_state: bool = False) -> tuple[Tensor, LMState]:
+        """tokens [B, T] -> normalised residual stream [B, T, D], and the state after them (empty unless asked for)."""
+        h = self.embedding(tokens)
+        states: LMState = []
+        for i, block in enumerate(self.blocks):
+            h, new_state = block(h, None if state is None else state[i], return_state)
+            if return_state:
+                states.append(new_state)
+        return self.norm(h), states
+
+    def forward(self, tokens: Tensor, state: LMState | None = None) -> Tensor:
+        """tokens [B, T] int64 -> logits [B, T, N]."""
+        return F.linear(self.hidden(tokens, state)[0], self.embedding.weight)
+
+    def nll(self, windows: Tensor) -> Tensor:
+        """windows [B, T + 1] int64 -> negative log likelihood of the last T tokens, nats, [B, T] float32."""
+        logits = self.forward(windows[:, :-1]).float()
+        return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="none").view(len(windows), -1)
+
+    def init_state(self, batch: int, device: torch.device | None = None) -> LMState:
+        """The state before the first token."""
+        return [block.mixer.init_state(batch, device=device) for block in self.blocks]
+
+    def prefill(self, tokens: Tensor, state: LMState | None = None) -> tuple[Tensor, LMState]:
+        """tokens [B, T] in one parallel pass -> logits of the last [B, N] and the state after it."""
+        h, states = self.hidden(tokens, state, return_state=True)
+        return F.linear(h[:, -1], self.embedding.weight), states
+
+    def step(self, token: Tensor, state: LMState) -> tuple[Tensor, LMState]:
+        """One token [B] -> logits [B, N] and the new state."""
+        h = self.embedding(token)
+        states: LMState = []
+        for block, block_state in zip(self.blocks, state, strict=True):
+            h, new_state = block.step(h, block_state)
+            states.append(new_state)
+        return F.linear(self.norm(h), self.embedding.weight), states

@@ -1,0 +1,148 @@
+"""Checkpoints: one safetensors file, written whole or not at all, read without pickle.
+
+Tensors are named `model.*`, `optimizer.*`, `rng.*`; everything else is JSON in the file's metadata under `e88`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from e88.errors import UserError
+from e88.layers.common import exempt_from_decay
+from e88.models.config import ModelConfig
+from e88.models.lm import LanguageModel, LMState
+
+FORMAT = 1
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file whole or not at all: `write` fills a temporary file beside it, which is flushed to disk and then
+    renamed over it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"cannot write {path}: {reason}; free space or choose another folder") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Write named tensors and JSON metadata as one safetensors file, with a checksum over the tensors."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = json.dumps({"format": FORMAT, "checksum": _checksum(plain), **meta})
+    write_atomic(path, lambda temporary: save_file(plain, temporary, metadata={"e88": header}))
+
+
+def load_tensors(path: str | Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors whose names start with `prefix`, metadata). Raises UserError for a missing, corrupt or foreign file."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / "checkpoint.safetensors"
+    if not path.exists():
+        raise UserError(f"no file {path}; give a checkpoint written by e88 train")
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = json.loads((file.metadata() or {}).get("e88", "null"))
+            names = list(file.keys())
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is not a readable safetensors file ({reason}); use an intact checkpoint") from error
+    if not isinstance(meta, dict) or "format" not in meta:
+        raise UserError(f"{path} was not written by e88; use a checkpoint or state file that e88 wrote")
+    if meta["format"] != FORMAT:
+        raise UserError(f"{path} has format {meta['format']}, this version reads {FORMAT}; use the version that wrote it")
+    if _checksum(tensors) != meta["checksum"]:
+        raise UserError(f"{path} is damaged: its tensors do not match their checksum; use another copy")
+    return {name: t for name, t in tensors.items() if name.startswith(prefix)}, meta
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> int:
+    value = 0
+    for name in sorted(tensors):
+        flat = tensors[name].reshape(-1).view(torch.uint8) if tensors[name].numel() else torch.empty(0, dtype=torch.uint8)
+        value = zlib.crc32(flat.numpy(), zlib.crc32(name.encode(), value))
+    return value
+
+
+def flatten(tree: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
+    """Move the tensors of a nested dict or list into `tensors` under dotted names; returns the JSON-able rest."""
+    if isinstance(tree, Tensor):
+        tensors[prefix] = tree
+        return {"__tensor__": prefix}
+    if isinstance(tree, dict):
+        return {str(k): flatten(v, f"{prefix}.{k}", tensors) for k, v in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [flatten(v, f"{prefix}.{i}", tensors) for i, v in enumerate(tree)]
+    assert tree is None or isinstance(tree, (bool, int, float, str)), f"cannot save {type(tree)} at {prefix}"
+    return tree
+
+
+def unflatten(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of `flatten`; keys that were integers become integers again."""
+    if isinstance(tree, dict):
+        if set(tree) == {"__tensor__"}:
+            return tensors[tree["__tensor__"]]
+        return {int(k) if k.isdigit() else k: unflatten(v, tensors) for k, v in tree.items()}
+    return [unflatten(v, tensors) for v in tree] if isinstance(tree, list) else tree
+
+
+def load_model(path: str | Path, device: torch.device) -> tuple[LanguageModel, dict[str, Any]]:
+    """The model of a checkpoint, in evaluation mode, and the checkpoint's metadata."""
+    tensors, meta = load_tensors(path, "model.")
+    if "model" not in meta or not tensors:
+        raise UserError(f"{path} holds no model (it may be a state file); give a checkpoint written by e88 train")
+    config = ModelConfig.from_dict(meta["model"])
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    restore_model(model, tensors, path)
+    return model.to(device).eval(), meta
+
+
+def restore_model(model: LanguageModel, tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Put the tensors named `model.*` into the model in place of its own."""
+    weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+    free = {name for name, p in model.named_parameters() if getattr(p, "_no_weight_decay", False)}
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit its own configuration: {str(error).splitlines()[-1].strip()}") from error
+    for name, parameter in model.named_parameters():
+        if name in free:
+            exempt_from_decay(parameter)
+
+
+def save_state(path: str | Path, state: LMState, config: ModelConfig) -> None:
+    """Write a recurrent state, so that generation can go on from it later."""
+    tensors = {f"state.{i}.{name}": t for i, layer in enumerate(state) for name, t in layer.items()}
+    save_tensors(Path(path), tensors, {"kind": "state", "model": config.to_dict()})
+
+
+def load_state(path: str | Path, config: ModelConfig, device: torch.device) -> LMState:
+    """A recurrent state written by `save_state` for the same model configuration; UserError for any other."""
+    tensors, meta = load_tensors(path, "state.")
+    if meta.get("kind") != "state":
+        raise UserError(f"{path} is not a state file; give one written by e88 generate --save-state")
+    if meta["model"] != config.to_dict():
+        raise UserError(f"{path} holds the state of a model of another configuration; use it with its own checkpoint")
+    state: LMState = [{} for _ in range(config.depth)]
+    for name, tensor in tensors.items():
+        _, layer, key = name.split(".", 2)
+        state[int(layer)][key] = tensor.to(device)
+    return state

@@ -1,0 +1,119 @@
+"""The record of a run: what ran, on what, how well (its fields are described in docs/records.md)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from e88.data.corpus import Corpus
+from e88.models.config import ModelConfig
+from e88.runtime import environment, peak_flops
+from e88.training import steplog
+from e88.training.checkpoint import write_atomic
+from e88.training.config import TrainingConfig
+from e88.training.evaluate import HeldOut
+from e88.training.run import Run
+
+SCHEMA = 1
+
+
+def utc_now() -> str:
+    """The time as in records: UTC, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def config_hash(model: Mapping[str, Any], training: Mapping[str, Any], data_hash: str) -> str:
+    """A run's id: 12 hex digits over everything that decides it. How often it is saved does not."""
+    training = {k: v for k, v in training.items() if k != "checkpoint_every"}
+    text = json.dumps({"model": model, "training": training, "data": data_hash}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def header(
+    name: str, model: ModelConfig, config: TrainingConfig, corpus: Corpus, size: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The part of a record that is known before the run."""
+    data = {
+        **corpus.describe(),
+        "heldout_bytes": config.heldout_bytes,
+        "window": config.window,
+    }
+    keys = ("params", "params_by_group", "state_per_layer", "state_total", "state_bytes", "projection_ratio",
+            "dim_over_inner", "flops_per_token")  # fmt: skip
+    return {
+        "schema": SCHEMA,
+        "id": config_hash(model.to_dict(), config.to_dict(), corpus.hash),
+        "name": name,
+        "seed": config.seed,
+        "config": {"model": model.to_dict(), "training": config.to_dict()},
+        "data": data,
+        "model": {key: size[key] for key in keys},
+    }
+
+
+def finish(run: Run, heldout: HeldOut | None, reason: str | None, peak_memory: int) -> dict[str, Any]:
+    """The whole record; also written to record.json in the run's folder. `reason`: why it diverged, or None."""
+    entries, seconds = run.log.entries, run.clock.seconds
+    loss, loss_steps = steplog.last_loss(entries)
+    rate, spread = steplog.throughput(entries)
+    peak = peak_flops(run.device)
+    results = {
+        "train_loss": loss,
+        "train_loss_steps": loss_steps,
+        "heldout_bpb": heldout.bpb if heldout else None,
+        "heldout_interval": list(heldout.interval) if heldout else None,
+        "heldout_windows": heldout.windows if heldout else None,
+        "steps": run.step,
+        "tokens": run.tokens,
+        "bytes": round(run.tokens * run.corpus.bytes_per_token),
+        "seconds": seconds["train"],
+        "tokens_per_second": rate,
+        "tokens_per_second_spread": spread,
+        "compile_seconds": seconds["compile"],
+        "eval_seconds": seconds["evaluate"],
+        "checkpoint_seconds": seconds["checkpoint"],
+        "wall_seconds": time.perf_counter() - run.wall_start,
+        "peak_memory_bytes": peak_memory,
+        "mfu": rate * run.size["flops_per_token"] / peak if rate and peak else None,
+        "diverged_step": run.step if reason else None,
+    }
+    record = {
+        **header(run.name, run.model_config, run.config, run.corpus, run.size),
+        "status": "diverged" if reason else "done",
+        "reason": reason,
+        "started": run.started,
+        "results": results,
+        "curve": steplog.curve(entries),
+        "heldout_curve": run.heldout,
+        "environment": environment(run.device, sorted(run.backends)),
+    }
+    write_json(run.folder / "record.json", record)
+    return record
+
+
+def failed(
+    name: str, model: ModelConfig, config: TrainingConfig, corpus: Corpus, size: Mapping[str, Any], reason: str
+) -> dict[str, Any]:
+    """The record of a run that ended without a result, with the reason in one line."""
+    return {
+        **header(name, model, config, corpus, size),
+        "status": "failed",
+        "reason": reason,
+        "started": utc_now(),
+        "results": {},
+        "curve": [],
+        "heldout_curve": [],
+        "environment": environment(torch.device("cpu"), []),
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all."""
+    text = json.dumps(value, indent=1) + "\n"
+    write_atomic(path, lambda temporary: temporary.write_text(text))

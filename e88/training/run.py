@@ -1,0 +1,47 @@
+"""What a training run carries from step to step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from e88.data.corpus import Corpus
+from e88.models.config import ModelConfig
+from e88.models.lm import LanguageModel
+from e88.training.budget import Clock
+from e88.training.config import TrainingConfig
+from e88.training.optimizer import Optimizer
+from e88.training.steplog import StepLog
+
+
+@dataclass
+class Run:
+    """size: what `e88.sizing.closed_form.describe` says of the model. heldout: the evaluations so far."""
+
+    name: str
+    model_config: ModelConfig
+    config: TrainingConfig
+    corpus: Corpus
+    folder: Path
+    device: torch.device
+    model: LanguageModel
+    optimizer: Optimizer
+    clock: Clock
+    log: StepLog
+    started: str
+    wall_start: float
+    size: dict[str, Any]
+    step: int = 0
+    tokens: int = 0
+    heldout: list[dict[str, Any]] = field(default_factory=list)
+    backends: set[str] = field(default_factory=set)
+
+    @property
+    def used(self) -> float:
+        """The fraction of the budget used so far."""
+        flops = self.tokens * self.size["flops_per_token"]
+        seconds = self.clock.seconds["train"]
+        return self.config.budget.used(seconds=seconds, steps=self.step, tokens=self.tokens, flops=flops)

@@ -1,0 +1,119 @@
+"""Starting, saving and resuming a run."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from e88.data.corpus import Corpus
+from e88.errors import UserError
+from e88.models.config import ModelConfig
+from e88.models.lm import LanguageModel
+from e88.training.budget import Clock
+from e88.training.checkpoint import flatten, load_tensors, restore_model, save_tensors, unflatten
+from e88.training.config import TrainingConfig
+from e88.training.optimizer import Optimizer
+from e88.training.record import config_hash, utc_now
+from e88.training.run import Run
+from e88.training.steplog import StepLog
+
+CHECKPOINT = "checkpoint.safetensors"
+LOG = "log.jsonl"
+
+
+def start(
+    model_config: ModelConfig,
+    config: TrainingConfig,
+    corpus: Corpus,
+    folder: Path,
+    *,
+    name: str,
+    device: torch.device,
+    resume: bool,
+    size: dict[str, Any],
+) -> Run:
+    """A run ready for its next step: fresh, or as the folder's checkpoint left it."""
+    path = folder / CHECKPOINT
+    saved = _load_checkpoint(path, model_config, config, corpus) if resume and path.exists() else None
+    if not resume and (path.exists() or (folder / LOG).exists()):
+        raise UserError(f"{folder} already holds a run; use --resume to go on with it, or another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        log = StepLog(folder / LOG, keep_until=saved[1]["step"] if saved else 0)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
+    torch.manual_seed(config.seed)
+    model = LanguageModel(model_config)
+    if saved:
+        restore_model(model, saved[0], path)
+    model.to(device).train()
+    model.set_backend(config.backend)
+    run = Run(
+        name=name, model_config=model_config, config=config, corpus=corpus, folder=folder, device=device, model=model,
+        optimizer=Optimizer(model, config), clock=Clock(device), log=log, started=utc_now(),
+        wall_start=time.perf_counter(), size=size,
+    )  # fmt: skip
+    if saved:
+        _restore(run, *saved)
+    return run
+
+
+def save(run: Run) -> None:
+    """Write the checkpoint in place of the last one, whole or not at all."""
+    with run.clock.section("checkpoint"):
+        run.log.sync()
+        tensors: dict[str, Tensor] = {"rng.torch": torch.get_rng_state()}
+        optimizer = flatten(run.optimizer.state_dict(), "optimizer", tensors)
+        with run.optimizer.averaged(run.model) as trained:
+            tensors |= {f"model.{name}": t for name, t in run.model.state_dict().items()}
+            tensors |= {f"trained.{name}": t for name, t in trained.items()}
+            meta = {
+                "kind": "run", "name": run.name, "model": run.model_config.to_dict(),
+                "training": run.config.to_dict(), "data": run.corpus.describe(), "step": run.step,
+                "tokens": run.tokens, "seconds": run.clock.seconds, "wall": time.perf_counter() - run.wall_start,
+                "started": run.started, "heldout": run.heldout, "optimizer": optimizer,
+            }  # fmt: skip
+            save_tensors(run.folder / CHECKPOINT, tensors, meta)
+
+
+def _load_checkpoint(
+    path: Path, model_config: ModelConfig, config: TrainingConfig, corpus: Corpus
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors, meta = load_tensors(path)
+    if meta.get("kind") != "run":
+        raise UserError(f"{path} is not a training checkpoint; choose another --out")
+    found = config_hash(meta["model"], meta["training"], meta["data"]["hash"])
+    wanted = config_hash(model_config.to_dict(), config.to_dict(), corpus.hash)
+    if found != wanted:
+        differing = _first_difference(
+            {"model": meta["model"], "training": meta["training"], "data": meta["data"]["hash"]},
+            {"model": model_config.to_dict(), "training": config.to_dict(), "data": corpus.hash},
+        )
+        raise UserError(f"{path} is of another configuration ({differing}); repeat its options, or choose another --out")
+    return tensors, meta
+
+
+def _first_difference(old: Any, new: Any, where: str = "") -> str:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(k for k in new if k not in old)]:
+            if old.get(key) != new.get(key):
+                return _first_difference(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+    return f"{where}: {old} there, {new} asked for"
+
+
+def _restore(run: Run, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    run.optimizer.load_state_dict(unflatten(meta["optimizer"], tensors))
+    trained = {n.removeprefix("trained."): t for n, t in tensors.items() if n.startswith("trained.")}
+    with torch.no_grad():
+        for name, parameter in run.model.named_parameters():
+            if name in trained:
+                parameter.copy_(trained[name])
+    torch.set_rng_state(tensors["rng.torch"])
+    run.step, run.tokens, run.heldout = meta["step"], meta["tokens"], meta["heldout"]
+    run.clock.seconds.update(meta["seconds"])
+    run.started = meta["started"]
+    run.wall_start -= meta["wall"]
