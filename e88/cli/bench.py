@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
-from e88.cli import EXIT_DIVERGED, app
-from e88.cli.train import training_options
+from e88.cli import EXIT_DIVERGED, app, options
 
 EXIT_FAILED = 1
 
@@ -19,18 +18,18 @@ EXIT_FAILED = 1
 def bench(
     presets: Annotated[list[str], typer.Argument(metavar="PRESET...", help="Presets or TOML files to compare.")],
     out: Annotated[Path, typer.Option(help="Folder of records, runs and the report.")] = Path("runs/bench"),
-    data: Annotated[Optional[str], typer.Option(help="Text file, folder, archive, or prepared data. Default: stdlib.")] = None,
-    tokenizer: Annotated[Optional[str], typer.Option(help="A Hugging Face tokenizer.json. Default: bytes.")] = None,
-    seconds: Annotated[Optional[float], typer.Option(help="Budget of each run: seconds on the training clock.")] = None,
-    steps: Annotated[Optional[int], typer.Option(help="Budget of each run: optimiser steps.")] = None,
-    tokens: Annotated[Optional[int], typer.Option(help="Budget of each run: tokens.")] = None,
-    flops: Annotated[Optional[float], typer.Option(help="Budget of each run: training FLOPs.")] = None,
+    data: options.Data = None,
+    tokenizer: options.Tokenizer = None,
+    seconds: options.Seconds = None,
+    steps: options.Steps = None,
+    tokens: options.Tokens = None,
+    flops: options.Flops = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each model, with seeds 0, 1, ...")] = 1,
-    batch_size: Annotated[Optional[int], typer.Option(help="Windows per optimiser step.")] = None,
-    window: Annotated[Optional[int], typer.Option(help="Tokens per window.")] = None,
-    set_: Annotated[Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Any other training key.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON lines.")] = False,
+    batch_size: options.BatchSize = None,
+    window: options.Window = None,
+    set_: options.Set = None,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
 ) -> None:
     """Compare models under equal budgets on equal data; done runs are kept, cut-off runs go on.
 
@@ -44,14 +43,15 @@ def bench(
 
     choose_device(device)
     values = {
-        "seconds": seconds, "steps": steps, "tokens": tokens, "flops": flops, "batch_size": batch_size, "window": window,
+        "seconds": seconds, "steps": steps, "tokens": tokens, "flops": flops,
+        "batch_size": batch_size, "window": window,
     }  # fmt: skip
-    options = training_options(values, set_ or [])
-    if "budget" not in options and not any(name.endswith(".toml") for name in presets):
-        options["budget"] = {"seconds": 30.0}
+    given = options.training_options(values, set_)
+    if "budget" not in given and not any(name.endswith(".toml") for name in presets):
+        given["budget"] = {"seconds": 30.0}
     # Seed by seed, so that an interruption at any point leaves a comparison of all models.
     specs = [
-        make_spec(name, {**options, "seed": seed}, data=data, tokenizer=tokenizer)
+        make_spec(name, {**given, "seed": seed}, data=data, tokenizer=tokenizer)
         for seed in range(seeds)
         for name in dict.fromkeys(presets)
     ]
@@ -70,8 +70,8 @@ def bench(
 @app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders or files of records.")],
-    out: Annotated[Optional[Path], typer.Option(help="Where to write the page. Default: the first folder.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON lines.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Where to write the page. Default: the first folder.")] = None,
+    as_json: options.Json = False,
 ) -> None:
     """Make the table and the HTML page again, from records alone."""
     from e88.study.store import load_records

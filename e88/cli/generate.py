@@ -6,68 +6,56 @@ import codecs
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
-from e88.cli import app
-from e88.errors import UserError
+from e88.cli import app, options
 
 
 @app.command()
 def generate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or the folder of a run.")],
-    prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "\n",
+    prompt: Annotated[str | None, typer.Option(help="Text to go on from.  [default: a new line]")] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.")] = 0.8,
     top_k: Annotated[int, typer.Option(help="Sample among the k likeliest; 0 is off.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Sample among the likeliest that hold this probability; 1 is off.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest that hold this mass; 1 is off.")] = 1.0,
     max_bytes: Annotated[int, typer.Option(min=1, help="Stop after this many bytes.")] = 500,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    save_state: Annotated[Optional[Path], typer.Option(help="Write the recurrent state reached (safetensors).")] = None,
-    load_state: Annotated[Optional[Path], typer.Option(help="Go on from a state written by --save-state.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end instead.")] = False,
+    save_state: Annotated[Path | None, typer.Option(help="Write the recurrent state reached (safetensors).")] = None,
+    load_state: Annotated[Path | None, typer.Option(help="Go on from a state written by --save-state.")] = None,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
 ) -> None:
-    """Generate text from a checkpoint with constant memory."""
+    """Generate text from a checkpoint, as it comes, with constant memory."""
+    from e88.data.codec import codec_of
     from e88.models.generate import Sampling, stream
     from e88.runtime import choose_device
-    from e88.training.checkpoint import load_model
-    from e88.training.checkpoint import load_state as read_state
-    from e88.training.checkpoint import save_state as write_state
+    from e88.training import checkpoint as files
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     where = choose_device(device)
-    model, meta = load_model(checkpoint, where)
-    codec = _codec(meta)
-    tokens, state = codec.encode(prompt.encode("utf-8", "surrogateescape")), None
+    model, meta = files.load_model(checkpoint, where)
+    codec = codec_of(meta["data"])
+    # Surrogates stand for bytes of the command line that are not UTF-8.
+    text = ("\n" if prompt is None and load_state is None else prompt or "").encode("utf-8", "surrogateescape")
+    tokens, state = list(codec.encode(text)), None
     if load_state:
-        state, pending = read_state(load_state, model.config, where)
+        state, pending = files.load_state(load_state, model.config, where)
         tokens = pending + tokens
-    out, written = codecs.getincrementaldecoder("utf-8")(errors="replace"), bytearray()
-    last = None
-    for token, state in stream(model, tokens, state=state, sampling=sampling, seed=seed):
-        last = token
-        piece = codec.decode([token])
+    decoder, written = codecs.getincrementaldecoder("utf-8")(errors="replace"), bytearray()
+    for last, reached in stream(model, tokens, state=state, sampling=sampling, seed=seed):
+        state, piece = reached, codec.decode([last])
         written += piece
         if not as_json:
-            sys.stdout.write(out.decode(piece))
+            sys.stdout.write(decoder.decode(piece))
             sys.stdout.flush()
         if len(written) >= max_bytes:
             break
-    if save_state and state is not None and last is not None:
-        # The state holds everything before the last token, which is kept beside it to be read first.
-        write_state(save_state, state, model.config, [last])
+    if save_state:
+        files.save_state(save_state, state, [last], model.config)
     if as_json:
-        text = bytes(written).decode("utf-8", "replace")
-        print(json.dumps({"prompt": prompt, "text": text, "bytes": len(written), "seed": seed}))
+        answer = {"prompt": prompt, "text": written.decode("utf-8", "replace"), "bytes": len(written), "seed": seed}
+        print(json.dumps(answer))
     else:
-        sys.stdout.write(out.decode(b"", final=True) + "\n")
-
-
-def _codec(meta: dict) -> object:
-    from e88.data.codec import codec_of
-
-    try:
-        return codec_of(meta["data"])
-    except KeyError as error:
-        raise UserError(f"the checkpoint does not say how its data was encoded (no {error})") from error
+        print(decoder.decode(b"", final=True))

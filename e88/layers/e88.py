@@ -1,6 +1,6 @@
 """The E88 layer: projections, decay and gates around the nonlinear matrix recurrence.
 
-    B batch, T time, D model width, H heads, K = n_state, V = n_state * expand_v
+B batch, T time, D model width, H heads, K = n_state, V = n_state * expand_v
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def log_uniform(n: int, low: float, high: float) -> Tensor:
 
 
 class E88Layer(Mixer):
-    """q, k, v = split(silu(conv(W_qkv x))); S_t = tanh(d_t S_{t-1} + b_t k_t (v_t - S_{t-1}^T k_t)^T); W_o of S_t^T q_t.
+    """S_t = tanh(d_t S_{t-1} + b_t k_t (v_t - S_{t-1}^T k_t)^T), out = W_o S_t^T q_t, q, k, v = silu(conv(W_qkv x)).
 
     q and k are L2-normalised per head. Options, see E88Config: decay mode, output gate, short convolution, per-head
     RMSNorm on the output, write gate b_t, tied k and v, linear state. Parameters are float32; the decay is computed in
@@ -85,7 +85,9 @@ class E88Layer(Mixer):
             y = y * F.silu(self.g_proj(x))
         return self.o_proj(y)
 
-    def forward(self, x: Tensor, state: State | None = None, *, return_state: bool = False) -> tuple[Tensor, State | None]:
+    def forward(
+        self, x: Tensor, state: State | None = None, *, return_state: bool = False
+    ) -> tuple[Tensor, State | None]:
         """x [B, T, D] -> y [B, T, D]; the state holds S [B, H, K, V] (float32) and the convolution's tail."""
         qkv = self.qkv_proj(x)
         tail = None

@@ -1,6 +1,6 @@
 """What a sequence mixer is, and where each kind is found.
 
-    B batch, T time, D model width
+B batch, T time, D model width
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ class Mixer(nn.Module):
     from weight decay.
     """
 
-    def forward(self, x: Tensor, state: State | None = None, *, return_state: bool = False) -> tuple[Tensor, State | None]:
+    def forward(
+        self, x: Tensor, state: State | None = None, *, return_state: bool = False
+    ) -> tuple[Tensor, State | None]:
         """The parallel pass over x [B, T, D], continuing from `state`; the second value is None unless asked for."""
         raise NotImplementedError
 

@@ -1,7 +1,7 @@
 """Model configurations: frozen, keyword-only, no torch.
 
 A model is `ModelConfig(dim, depth, mixer=...)`; the mixer's own config decides its kind (`e88`, `gated_deltanet`,
-`mamba2`, `attention`, `none`). `to_dict` / `from_dict` are the one serialised form, used in records, checkpoints and TOML.
+`mamba2`, `attention`). `to_dict` / `from_dict` are the one serialised form, in records, checkpoints and TOML.
 """
 
 from __future__ import annotations
@@ -121,9 +121,7 @@ class AttentionConfig:
 
 
 MixerConfig = E88Config | GatedDeltaNetConfig | Mamba2Config | AttentionConfig
-MIXER_CONFIGS: dict[str, type] = {
-    c.kind: c for c in (E88Config, GatedDeltaNetConfig, Mamba2Config, AttentionConfig)
-}
+MIXER_CONFIGS: dict[str, type] = {c.kind: c for c in (E88Config, GatedDeltaNetConfig, Mamba2Config, AttentionConfig)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """The language model around a mixer: one class for E88 and its rivals.
 
-    B batch, T time, D model width, N vocabulary
+B batch, T time, D model width, N vocabulary
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ class LanguageModel(nn.Module):
             if hasattr(block.mixer, "backend"):
                 block.mixer.backend = name
 
-    def hidden(self, tokens: Tensor, state: LMState | None = None, return_state: bool = False) -> tuple[Tensor, LMState]:
+    def hidden(
+        self, tokens: Tensor, state: LMState | None = None, return_state: bool = False
+    ) -> tuple[Tensor, LMState]:
         """tokens [B, T] -> normalised residual stream [B, T, D], and the state after them (empty unless asked for)."""
         h = self.embedding(tokens)
         states: LMState = []

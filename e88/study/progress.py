@@ -9,7 +9,8 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress as Bar, TextColumn  # noqa: I001
+from rich.progress import BarColumn, TextColumn  # noqa: I001
+from rich.progress import Progress as Bar
 
 LINE_EVERY = 10.0
 SMOOTH_STEPS = 20
@@ -51,7 +52,8 @@ class Progress:
         bpb = loss / math.log(2) / self.bytes_per_token
         rate = sum(self.rates) / len(self.rates)
         left = "" if math.isinf(seconds_left) else f", {_duration(seconds_left)} left"
-        text = f"{min(used, 1):4.0%}  step {entry['step']:,}  loss {loss:.3f}  {bpb:.3f} bits/byte  {rate:,.0f} tok/s{left}"
+        share = f"{min(used, 1):4.0%}  step {entry['step']:,}"
+        text = f"{share}  loss {loss:.3f}  {bpb:.3f} bits/byte  {rate:,.0f} tok/s{left}"
         if self.bar:
             self.bar.update(self.task, completed=min(used, 1.0), text=text)
         else:

@@ -67,7 +67,9 @@ def load_tensors(path: str | Path, prefix: str = "") -> tuple[dict[str, Tensor],
     if not isinstance(meta, dict) or "format" not in meta:
         raise UserError(f"{path} was not written by e88; use a checkpoint or state file that e88 wrote")
     if meta["format"] != FORMAT:
-        raise UserError(f"{path} has format {meta['format']}, this version reads {FORMAT}; use the version that wrote it")
+        raise UserError(
+            f"{path} has format {meta['format']}, this version reads {FORMAT}; use the version that wrote it"
+        )
     if _checksum(tensors) != meta["checksum"]:
         raise UserError(f"{path} is damaged: its tensors do not match their checksum; use another copy")
     return {name: t for name, t in tensors.items() if name.startswith(prefix)}, meta
@@ -76,7 +78,9 @@ def load_tensors(path: str | Path, prefix: str = "") -> tuple[dict[str, Tensor],
 def _checksum(tensors: Mapping[str, Tensor]) -> int:
     value = 0
     for name in sorted(tensors):
-        flat = tensors[name].reshape(-1).view(torch.uint8) if tensors[name].numel() else torch.empty(0, dtype=torch.uint8)
+        flat = (
+            tensors[name].reshape(-1).view(torch.uint8) if tensors[name].numel() else torch.empty(0, dtype=torch.uint8)
+        )
         value = zlib.crc32(flat.numpy(), zlib.crc32(name.encode(), value))
     return value
 
@@ -128,14 +132,15 @@ def restore_model(model: LanguageModel, tensors: Mapping[str, Tensor], path: str
             exempt_from_decay(parameter)
 
 
-def save_state(path: str | Path, state: LMState, config: ModelConfig) -> None:
-    """Write a recurrent state, so that generation can go on from it later."""
+def save_state(path: str | Path, state: LMState, pending: list[int], config: ModelConfig) -> None:
+    """Write a recurrent state, so that generation can go on from it later; `pending`: tokens it has not read yet."""
     tensors = {f"state.{i}.{name}": t for i, layer in enumerate(state) for name, t in layer.items()}
-    save_tensors(Path(path), tensors, {"kind": "state", "model": config.to_dict()})
+    save_tensors(Path(path), tensors, {"kind": "state", "model": config.to_dict(), "pending": pending})
 
 
-def load_state(path: str | Path, config: ModelConfig, device: torch.device) -> LMState:
-    """A recurrent state written by `save_state` for the same model configuration; UserError for any other."""
+def load_state(path: str | Path, config: ModelConfig, device: torch.device) -> tuple[LMState, list[int]]:
+    """A state written by `save_state` for the same model configuration, and its pending tokens; UserError for any
+    other file."""
     tensors, meta = load_tensors(path, "state.")
     if meta.get("kind") != "state":
         raise UserError(f"{path} is not a state file; give one written by e88 generate --save-state")
@@ -145,4 +150,4 @@ def load_state(path: str | Path, config: ModelConfig, device: torch.device) -> L
     for name, tensor in tensors.items():
         _, layer, key = name.split(".", 2)
         state[int(layer)][key] = tensor.to(device)
-    return state
+    return state, meta["pending"]

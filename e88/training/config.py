@@ -87,7 +87,8 @@ class TrainingConfig:
                 raise UserError(f"{name} '{getattr(self, name)}' is not one of {', '.join(known)}")
         for name, low, high in (
             ("lr", 0, 10), ("muon_lr", 0, 10), ("beta1", 0, 1), ("beta2", 0, 1), ("weight_decay", 0, 10),
-            ("warmup", 0, 1), ("final_lr", 0, 1), ("clip", 0, 1e9), ("eval_every", 0, 1e9), ("checkpoint_every", 0, 1e9),
+            ("warmup", 0, 1), ("final_lr", 0, 1), ("clip", 0, 1e9), ("eval_every", 0, 1e9),
+            ("checkpoint_every", 0, 1e9),
         ):  # fmt: skip
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:

@@ -9,7 +9,7 @@ from e88.models.lm import LanguageModel
 
 
 def first_bad_module(model: LanguageModel, windows: Tensor) -> str | None:
-    """The first module, in order of execution, whose output on these windows is not finite; a leaf before its parent."""
+    """The first module in order of execution whose output on these windows is not finite (a leaf before its parent)."""
     found: list[str] = []
 
     def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:

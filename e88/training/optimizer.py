@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules. Parameter groups keep decay parameters, norms and biases free of weight decay."""
+"""Optimisers and learning-rate schedules. Decay parameters, norms and biases are really free of weight decay."""
 
 from __future__ import annotations
 

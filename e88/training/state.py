@@ -93,7 +93,9 @@ def _load_checkpoint(
             {"model": meta["model"], "training": meta["training"], "data": meta["data"]["hash"]},
             {"model": model_config.to_dict(), "training": config.to_dict(), "data": corpus.hash},
         )
-        raise UserError(f"{path} is of another configuration ({differing}); repeat its options, or choose another --out")
+        raise UserError(
+            f"{path} is of another configuration ({differing}); repeat its options, or choose another --out"
+        )
     return tensors, meta
 
 
