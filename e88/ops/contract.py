@@ -7,6 +7,7 @@ N sequences (equal to B unless rows are packed with `cu_seqlens`).
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -168,8 +169,21 @@ class Backend(NamedTuple):
     missing: Callable[[], str | None] = lambda: None
 
 
+def _numba_supports(problem: Problem) -> str | None:
+    if problem.device != "cpu":
+        return f"runs on CPU tensors only, not on {problem.device}"
+    if problem.dtype == torch.float64:
+        return "computes in float32, and the inputs are float64"
+    return None
+
+
+def _numba_missing() -> str | None:
+    return None if importlib.util.find_spec("numba") else "numba is not installed; pip install numba"
+
+
 # In order of preference: "auto" takes the first row that serves the problem.
 BACKENDS: tuple[Backend, ...] = (
+    Backend("numba", "e88.ops.cpu", _numba_supports, _numba_missing),
     Backend("checkpointed", "e88.ops.checkpointed", lambda problem: None),
     Backend("reference", "e88.ops.reference", lambda problem: None),
 )

@@ -26,9 +26,7 @@ def read(state: Tensor, key: Tensor) -> Tensor:
     return (state * key.unsqueeze(-1)).sum(-2)
 
 
-def update(
-    state: Tensor, k: Tensor, e: Tensor, decay: Tensor, beta: Tensor | None, activation: str
-) -> Tensor:
+def update(state: Tensor, k: Tensor, e: Tensor, decay: Tensor, beta: Tensor | None, activation: str) -> Tensor:
     """The next state from the last one, the key [B, H, K], the delta e [B, H, V] and the scalars [B, H]."""
     write = e if beta is None else beta.unsqueeze(-1) * e
     preactivation = decay[..., None, None] * state + k.unsqueeze(-1) * write.unsqueeze(-2)
