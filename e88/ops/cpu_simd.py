@@ -26,8 +26,8 @@ _FLOAT = ir.FloatType()
 _INT = ir.IntType(32)
 _WIDE = ir.VectorType(_FLOAT, LANES)
 _NARROW = ir.VectorType(_FLOAT, HALF)
-# Contraction to fused multiply-add, reciprocals and reordering, but infinities and NaN keep their meaning.
-_FLAGS = ("contract", "reassoc", "arcp", "nsz")
+# Fused multiply-add and reciprocals are welcome. Reordering is not: tanh near 0 depends on the order.
+_FLAGS = ("contract", "arcp", "nsz")
 
 
 class Vector(types.Type):

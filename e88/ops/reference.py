@@ -44,7 +44,7 @@ def dense(
         e = v[:, t] - read(state, k[:, t])
         state = update(state, k[:, t], e, decay[:, t], beta_t, activation)
         outputs.append(read(state, q[:, t]))
-    return torch.stack(outputs, dim=1) if outputs else torch.zeros_like(v), state
+    return torch.stack(outputs, dim=1) if outputs else v.clone(), state
 
 
 def over_sequences(
