@@ -53,6 +53,7 @@ def train(
     set_threads(threads)
     where = choose_device(device)
     corpus = open_corpus(spec.data, tokenizer=spec.tokenizer)
+    spec = spec.with_vocabulary(corpus.vocab_size)
     with Progress(spec.name, corpus.bytes_per_token) as progress:
         try:
             record = run_training(

@@ -46,6 +46,7 @@ def run_all(specs: list[RunSpec], out: Path, *, device: str, announcer: Announce
         records = []
         for number, spec in enumerate(specs, 1):
             corpus = corpora[spec.data, spec.tokenizer]
+            spec = spec.with_vocabulary(corpus.vocab_size)
             run_id = config_hash(spec.model.to_dict(), spec.training.to_dict(), corpus.hash)
             title = f"[{number}/{len(specs)}] {spec.name}, seed {spec.training.seed}"
             known = store.get(run_id)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -56,6 +56,11 @@ class RunSpec:
             data=str(data.get("data", DEFAULT_DATA)),
             tokenizer=data.get("tokenizer"),
         )
+
+
+    def with_vocabulary(self, size: int) -> RunSpec:
+        """The spec for data with `size` token ids: a tokenizer's vocabulary becomes the model's."""
+        return replace(self, model=replace(self.model, vocab_size=size)) if self.tokenizer else self
 
 
 @cache

@@ -10,11 +10,13 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from e88.data.corpus import Corpus
 from e88.data.loader import WindowSampler, heldout_windows
+from e88.errors import UserError
 from e88.models.config import ModelConfig
 from e88.ops.contract import record_backends
 from e88.runtime import peak_memory_bytes
@@ -56,48 +58,58 @@ def train(
     Raises UserError for wrong input, Interrupted when stopped by a signal (after writing a checkpoint). A run whose
     loss or gradients stop being finite ends with status `diverged` and the last good checkpoint in place.
     """
-    device = device or torch.device("cpu")
-    folder = Path(folder)
+    device, folder = device or torch.device("cpu"), Path(folder)
+    if corpus.vocab_size > model_config.vocab_size:
+        raise UserError(
+            f"{corpus.name} has {corpus.vocab_size} token ids, the model {model_config.vocab_size}; "
+            f"set vocab_size = {corpus.vocab_size}"
+        )
     sampler = WindowSampler(corpus.train, config.window, config.batch_size, config.seed)
     heldout = heldout_windows(corpus.valid, config.window, config.heldout_bytes)
-    run = state.start(model_config, config, corpus, folder, name=name, device=device, resume=resume, size=describe(
-        model_config, window=config.window))  # fmt: skip
-    writer = _tensorboard(folder) if tensorboard else None
-    reason = None
+    size = describe(model_config, window=config.window)
+    run = state.start(model_config, config, corpus, folder, name=name, device=device, resume=resume, size=size)
     try:
         with record_backends() as run.backends, _stop_requested() as stop:
             with run.clock.section("compile"):
                 _warm_up(run)
-            next_eval = next_checkpoint = 0.0
-            while run.used < 1:
-                windows = torch.from_numpy(sampler.batch(run.step)).to(device)
-                reason = _train_step(run, windows)
-                if reason:
-                    break
-                if reporter:
-                    reporter.step(run.log.entries[-1], run.used, _seconds_left(run))
-                if writer:
-                    _write_scalars(writer, run.log.entries[-1])
-                if stop.is_set():
-                    raise Interrupted
-                seconds = run.clock.seconds["train"]
-                if config.eval_every and seconds >= (next_eval := next_eval or config.eval_every) and run.used < 1:
-                    next_eval = seconds + config.eval_every
-                    _evaluate(run, heldout)
-                every = config.checkpoint_every
-                if every and seconds >= (next_checkpoint := next_checkpoint or seconds + every) and run.used < 1:
-                    next_checkpoint = seconds + every
-                    state.save(run)
+            observers = [reporter] if reporter else []
+            if tensorboard:
+                observers.append(Scalars(folder))
+            reason = _spend(run, sampler, heldout, observers, stop)
             result = None if reason else _evaluate(run, heldout)
+            state.save(run)
     except Interrupted:
         state.save(run)
         raise Interrupted(f"stopped at step {run.step}; go on with the same command and --resume") from None
     finally:
         run.log.close()
-        if writer:
-            writer.close()
-    state.save(run)
     return record.finish(run, result, reason, peak_memory_bytes(device))
+
+
+def _spend(
+    run: Run, sampler: WindowSampler, heldout: np.ndarray, observers: list[Reporter], stop: threading.Event
+) -> str | None:
+    """Take steps until the budget is spent; the reason where the run diverged."""
+    while run.used < 1:
+        before = run.clock.seconds["train"]
+        reason = _train_step(run, torch.from_numpy(sampler.batch(run.step)).to(run.device))
+        if reason:
+            return reason
+        for observer in observers:
+            observer.step(run.log.entries[-1], run.used, _seconds_left(run))
+        if stop.is_set():
+            raise Interrupted
+        now = run.clock.seconds["train"]
+        if run.used < 1 and _due(run.config.eval_every, before, now):
+            _evaluate(run, heldout)
+        if run.used < 1 and _due(run.config.checkpoint_every, before, now):
+            state.save(run)
+    return None
+
+
+def _due(every: float, before: float, now: float) -> bool:
+    """Whether a multiple of `every` seconds was passed."""
+    return every > 0 and now // every > before // every
 
 
 def _train_step(run: Run, windows: Tensor) -> str | None:
@@ -113,7 +125,8 @@ def _train_step(run: Run, windows: Tensor) -> str | None:
         if finite:
             run.optimizer.step()
     if not finite:
-        return explain(run.model, windows, values[0], run.step)
+        with autocast(run.device, config.precision):
+            return explain(run.model, windows, values[0], run.step)
     run.optimizer.zero_grad()
     run.step += 1
     step_tokens = windows.shape[0] * (windows.shape[1] - 1)
@@ -155,7 +168,7 @@ def _warm_up(run: Run) -> None:
         run.optimizer.zero_grad()
 
 
-def _evaluate(run: Run, heldout: Any) -> HeldOut:
+def _evaluate(run: Run, heldout: np.ndarray) -> HeldOut:
     part = max(run.config.batch_size // run.config.accumulate, 1)
     with run.clock.section("evaluate"), run.optimizer.averaged(run.model), autocast(run.device, run.config.precision):
         result = evaluate(run.model, run.corpus, heldout, part)
@@ -189,17 +202,20 @@ def _stop_requested() -> Iterator[threading.Event]:
             signal.signal(number, previous)
 
 
-def _tensorboard(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ModuleNotFoundError as error:
-        from e88.errors import UserError
+class Scalars:
+    """A reporter that writes TensorBoard events."""
 
-        raise UserError("--tensorboard needs the tensorboard package; pip install 'e88[track]'") from error
-    return SummaryWriter(str(folder / "tensorboard"))
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ModuleNotFoundError as error:
+            raise UserError("--tensorboard needs the tensorboard package; pip install 'e88[track]'") from error
+        self.writer = SummaryWriter(str(folder / "tensorboard"))
 
+    def step(self, entry: dict[str, Any], used: float, seconds_left: float) -> None:
+        for key in ("loss", "lr", "grad_norm"):
+            self.writer.add_scalar(f"train/{key}", entry[key], entry["step"])
+        self.writer.add_scalar("train/tokens_per_second", entry["step_tokens"] / entry["step_seconds"], entry["step"])
 
-def _write_scalars(writer: Any, entry: dict[str, Any]) -> None:
-    for key in ("loss", "lr", "grad_norm"):
-        writer.add_scalar(f"train/{key}", entry[key], entry["step"])
-    writer.add_scalar("train/tokens_per_second", entry["step_tokens"] / entry["step_seconds"], entry["step"])
+    def message(self, text: str) -> None:
+        self.writer.add_text("message", text)

@@ -1,0 +1,176 @@
+"""Speed of a whole training step: E88, the same model without its recurrence, and rivals, in one process.
+
+    python benchmarks/training.py [PRESET...] [--batch-size 8] [--window 256] [--seconds 3] [--json]
+
+Steps of the models are interleaved, so that a busy machine slows all of them alike; tok/s is the median over rounds.
+"Without its recurrence" keeps every projection, convolution, norm and gate and puts a sum in the recurrence's place.
+The output ends with a profile of E88's step. No speed is printed for a model whose recurrence fails its check.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from e88 import runtime
+from e88.layers import e88 as layer
+from e88.models.config import E88Config, ModelConfig
+from e88.models.lm import LanguageModel
+from e88.ops import record_backends, tanh_delta_rule
+from e88.sizing.presets import preset
+from e88.training.config import Budget, TrainingConfig
+from e88.training.loop import autocast
+from e88.training.optimizer import Optimizer
+
+DEMO = ["tiny-e88", "tiny-gdn", "tiny-mamba2", "tiny-transformer"]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
+
+
+def no_recurrence(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None = None, **_: object) -> tuple:
+    """What stands in for the operator: one pass over its inputs, with a gradient for each."""
+    y = v + g.unsqueeze(-1).to(v.dtype)
+    width = min(q.shape[-1], v.shape[-1])
+    y[..., :width] += (q + k)[..., :width]
+    return (y if beta is None else y * beta.unsqueeze(-1).to(v.dtype)), None
+
+
+class Step:
+    """One model with its optimiser, ready to take training steps on random tokens."""
+
+    def __init__(self, config: ModelConfig, batch: int, window: int, device: torch.device) -> None:
+        torch.manual_seed(0)
+        self.device, self.tokens = device, batch * window
+        self.model = LanguageModel(config).to(device).train()
+        self.training = TrainingConfig(budget=Budget(steps=1))
+        self.optimizer = Optimizer(self.model, self.training)
+        self.windows = torch.randint(config.vocab_size, (batch, window + 1), device=device)
+
+    def __call__(self) -> None:
+        with autocast(self.device, "auto"):
+            loss = self.model.nll(self.windows).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def recurrence_error(config: E88Config, device: torch.device, dtype: torch.dtype) -> float:
+    """The largest relative error of output and gradients against float64, at the model's head shape, T = 70."""
+    torch.manual_seed(0)
+    B, T, H, K, V = 2, 70, min(config.n_heads, 4), config.head_k_dim, config.head_v_dim
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    q, k = (torch.nn.functional.normalize(draw(B, T, H, K), dim=-1) for _ in range(2))
+    inputs = [q, k, draw(B, T, H, V), -torch.rand(B, T, H, device=device)]
+    cotangent = draw(B, T, H, V)
+
+    def results(tensors: list[Tensor]) -> list[Tensor]:
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        y, _ = tanh_delta_rule(*leaves)
+        return [y, *torch.autograd.grad(y, leaves, cotangent.to(y.dtype))]
+
+    exact = results([t.double() for t in inputs])
+    pairs = zip(results(inputs), exact, strict=True)
+    return max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
+
+
+def timed(step: Callable[[], None], device: torch.device) -> float:
+    runtime.synchronise(device)
+    start = time.perf_counter()
+    step()
+    runtime.synchronise(device)
+    return time.perf_counter() - start
+
+
+def measure(steps: dict[str, Step], patches: dict[str, bool], seconds: float, device: torch.device) -> dict[str, float]:
+    """Median seconds of a step of each model, interleaved, for at least `seconds` a model."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    warm_up, started = 2, time.perf_counter()
+    while min(map(len, times.values())) < 5 + warm_up or time.perf_counter() - started < seconds * len(steps):
+        for name, step in steps.items():
+            if patches[name]:
+                with patch.object(layer, "tanh_delta_rule", no_recurrence):
+                    times[name].append(timed(step, device))
+            else:
+                times[name].append(timed(step, device))
+    return {name: statistics.median(values[warm_up:]) for name, values in times.items()}
+
+
+def profile_table(step: Step, rows: int = 14) -> list[dict]:
+    """Share of a step's time by operation, largest first."""
+    activity = ProfilerActivity.CUDA if step.device.type == "cuda" else ProfilerActivity.CPU
+    with profile(activities=[ProfilerActivity.CPU, activity]) as recorded:
+        for _ in range(3):
+            step()
+        runtime.synchronise(step.device)
+    key = "self_device_time_total" if step.device.type == "cuda" else "self_cpu_time_total"
+    events = sorted(recorded.key_averages(), key=lambda e: -getattr(e, key))
+    total = sum(getattr(e, key) for e in events)
+    return [
+        {"operation": e.key, "share": getattr(e, key) / total, "ms": getattr(e, key) / 3e3, "calls": e.count // 3}
+        for e in events[:rows]
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("presets", nargs="*", default=DEMO)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--seconds", type=float, default=3.0, help="at least this long a model")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    device = runtime.choose_device(options.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+
+    steps: dict[str, Step] = {}
+    without: dict[str, bool] = {}
+    errors: dict[str, float] = {}
+    for name in options.presets:
+        config = preset(name)
+        if isinstance(config.mixer, E88Config):
+            errors[name] = recurrence_error(config.mixer, device, dtype)
+            if not errors[name] <= TOLERANCE[dtype]:
+                print(f"{name}: recurrence is wrong (relative error {errors[name]:.1e}); no speed is reported")
+                return 1
+        steps[name], without[name] = Step(config, options.batch_size, options.window, device), False
+        if isinstance(config.mixer, E88Config):
+            bare = f"{name} without its recurrence"
+            steps[bare], without[bare] = Step(config, options.batch_size, options.window, device), True
+    with record_backends() as used:
+        seconds = measure(steps, without, options.seconds, device)
+    rows = {name: {"ms": s * 1e3, "tokens_per_second": steps[name].tokens / s} for name, s in seconds.items()}
+    for name in errors:
+        rows[name]["recurrence_error"] = errors[name]
+        rows[name]["share_of_ceiling"] = seconds[f"{name} without its recurrence"] / seconds[name]
+    table = profile_table(steps[next(iter(errors))]) if errors else []
+    environment = runtime.environment(device, sorted(used))
+    shape = {"batch_size": options.batch_size, "window": options.window}
+    if options.json:
+        print(json.dumps({**shape, "models": rows, "profile": table, "environment": environment}))
+        return 0
+    print(f"{environment['hardware']}, batch {options.batch_size} x {options.window}, backends {sorted(used)}")
+    for name, row in rows.items():
+        share = f"  {row['share_of_ceiling']:.0%} of the ceiling" if "share_of_ceiling" in row else ""
+        print(f"{name:<36} {row['ms']:8.1f} ms  {row['tokens_per_second']:10,.0f} tok/s{share}")
+    if table:
+        print(f"\nprofile of a step of {next(iter(errors))}")
+        for row in table:
+            print(f"{row['share']:6.1%} {row['ms']:8.2f} ms  x{row['calls']:<5} {row['operation'][:80]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from e88.errors import UserError
+from e88.models.config import (
+    AttentionConfig,
+    E88Config,
+    GatedDeltaNetConfig,
+    Mamba2Config,
+    ModelConfig,
+)
+from e88.models.lm import LanguageModel
+
+MIXERS = [
+    E88Config(n_heads=3, n_state=4, gate=True, conv=4),
+    GatedDeltaNetConfig(n_heads=2, head_dim=8),
+    Mamba2Config(d_state=8, head_dim=8, chunk=4),
+    AttentionConfig(n_heads=4),
+]
+
+
+def model(mixer, dtype=torch.float64, **options):
+    torch.manual_seed(0)
+    return LanguageModel(ModelConfig(**{"dim": 16, "depth": 2, "mixer": mixer, "mlp_hidden": 24, **options})).to(dtype)
+
+
+def error(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("mixer", MIXERS, ids=lambda c: c.kind)
+def test_teacher_forced_stepping_equals_the_parallel_pass(mixer):
+    m = model(mixer)
+    tokens = torch.randint(256, (2, 11))
+    whole = m(tokens)
+    state = m.init_state(2)
+    logits = []
+    for t in range(11):
+        out, state = m.step(tokens[:, t], state)
+        logits.append(out)
+    assert error(torch.stack(logits, 1), whole) < 1e-9
+    last, reached = m.prefill(tokens[:, :6])
+    assert error(last, whole[:, 5]) < 1e-9
+    assert error(m(tokens[:, 6:], reached), whole[:, 6:]) < 1e-9
+
+
+@pytest.mark.parametrize("mixer", MIXERS, ids=lambda c: c.kind)
+def test_nll_is_the_cross_entropy_of_the_next_token(mixer):
+    m = model(mixer)
+    windows = torch.randint(256, (3, 8))
+    log_p = m(windows[:, :-1]).log_softmax(-1)
+    want = -log_p.gather(-1, windows[:, 1:, None]).squeeze(-1)
+    assert error(m.nll(windows).double(), want) < 1e-6
+
+
+def test_the_residual_stream_stays_float32_under_bf16_autocast():
+    m = model(MIXERS[0], dtype=torch.float32)
+    seen = []
+    m.norm.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0].dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = m.nll(torch.randint(256, (2, 9))).mean()
+    loss.backward()
+    assert seen == [torch.float32]
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in m.parameters())
+
+
+def test_every_parameter_gets_a_gradient():
+    for mixer in MIXERS:
+        m = model(mixer)
+        m.nll(torch.randint(256, (2, 9))).mean().backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in m.parameters()), mixer.kind
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    n_heads=st.integers(1, 200),
+    n_state=st.integers(1, 256),
+    gate=st.booleans(),
+    conv=st.sampled_from([0, 2, 4, 8]),
+    dim=st.integers(1, 9000),
+    depth=st.integers(1, 100),
+)
+def test_configurations_survive_a_round_trip(n_heads, n_state, gate, conv, dim, depth):
+    mixer = E88Config(n_heads=n_heads, n_state=n_state, gate=gate, conv=conv)
+    config = ModelConfig(dim=dim, depth=depth, mixer=mixer)
+    assert ModelConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dimm": 4}, "did you mean dim"),
+        ({"dim": 0}, "dim must be a positive integer"),
+        ({"dim": "16"}, "must be of type int"),
+        ({"depth": True}, "must be of type int"),
+        ({"mixer": {"n_heads": 2}}, "needs a kind"),
+        ({"mixer": {"kind": "e89", "n_heads": 2}}, "did you mean e88"),
+        ({"mixer": {"kind": "e88"}}, "missing n_heads"),
+        ({"mixer": {"kind": "e88", "n_heads": 2, "n_sate": 4}}, "did you mean n_state"),
+        ({"mixer": {"kind": "e88", "n_heads": 2, "n_state": 257}}, "above 256"),
+        ({"mixer": {"kind": "e88", "n_heads": 2, "decay": "slow"}}, "is not one of mamba"),
+        ({"mixer": {"kind": "e88", "n_heads": 2, "n_state": 3, "expand_v": 1.5}}, "whole number"),
+        ({"mixer": {"kind": "e88", "n_heads": 2, "tie_kv": True, "expand_v": 2.0}}, "tie_kv"),
+        ({"mixer": {"kind": "attention", "n_heads": 3}}, "change n_heads"),
+        ({"mixer": {"kind": "mamba2", "head_dim": 24}}, "not a multiple of head_dim"),
+    ],
+)
+def test_impossible_configurations_are_one_line_errors(change, message):
+    base = {"dim": 16, "depth": 2, "mixer": {"kind": "e88", "n_heads": 2}}
+    with pytest.raises(UserError, match=message) as caught:
+        ModelConfig.from_dict({**base, **change})
+    assert "\n" not in str(caught.value)
