@@ -1,0 +1,1 @@
+"""CUDA C++ kernels of the operator, compiled at run time."""

@@ -1,0 +1,115 @@
+"""Compile the kernels at run time through NVRTC, keep the machine code on disk, load it and launch it."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+SOURCES = Path(__file__).parent
+
+
+def cache_folder() -> Path:
+    """Where machine code is kept: `E88_CACHE`, or `~/.cache/e88`."""
+    return Path(os.environ.get("E88_CACHE") or Path.home() / ".cache" / "e88")
+
+
+@cache
+def source(kernel: str) -> str:
+    """The text of a kernel with the headers it includes put in place, as NVRTC is given no folders to search."""
+    lines = []
+    for line in (SOURCES / f"{kernel}.cu").read_text().splitlines():
+        if line.startswith('#include "'):
+            lines.append((SOURCES / line.split('"')[1]).read_text())
+        else:
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def compile_cubin(kernel: str, arch: str, defines: dict[str, int]) -> bytes:
+    """Machine code of `kernel` ("forward" or "backward") for `arch` ("sm_90"), from the disk if it is there."""
+    from cuda.bindings import nvrtc
+
+    error, major, minor = nvrtc.nvrtcVersion()
+    _check(error)
+    flags = [f"-D{name}={value}" for name, value in defines.items()]
+    text = source(kernel)
+    identity = "\n".join([text, arch, *flags, f"nvrtc {major}.{minor}"])
+    path = cache_folder() / f"{kernel}-{arch}-{hashlib.sha256(identity.encode()).hexdigest()[:32]}.cubin"
+    try:
+        return path.read_bytes()
+    except OSError:
+        pass
+    code = _nvrtc(text, kernel, [f"-arch={arch}", "-std=c++17", "-default-device", *flags])
+    _write_atomically(path, code)
+    return code
+
+
+def _nvrtc(text: str, kernel: str, options: list[str]) -> bytes:
+    from cuda.bindings import nvrtc
+
+    error, program = nvrtc.nvrtcCreateProgram(text.encode(), f"{kernel}.cu".encode(), 0, [], [])
+    _check(error)
+    try:
+        (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+        if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            _, size = nvrtc.nvrtcGetProgramLogSize(program)
+            log = b" " * size
+            nvrtc.nvrtcGetProgramLog(program, log)
+            raise RuntimeError(f"NVRTC cannot compile the {kernel} kernel: {log.decode(errors='replace')}")
+        error, size = nvrtc.nvrtcGetCUBINSize(program)
+        _check(error)
+        code = b" " * size
+        (error,) = nvrtc.nvrtcGetCUBIN(program, code)
+        _check(error)
+        return code
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def _write_atomically(path: Path, code: bytes) -> None:
+    # A folder that cannot be written costs a compilation at every start, nothing else.
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(code)
+        os.replace(file.name, path)
+    except OSError:
+        pass
+
+
+def _check(error: Any) -> None:
+    if int(error) != 0:
+        raise RuntimeError(f"CUDA call failed: {error!r}")
+
+
+class Kernel:
+    """A loaded kernel; call it with a launch shape, a stream and arguments (ctypes values, in order)."""
+
+    def __init__(self, code: bytes, name: str, device: int, shared_bytes: int) -> None:
+        from cuda.bindings import driver
+
+        self._driver = driver
+        # The library keeps the handle's memory alive for the life of the process.
+        error, self._library = driver.cuLibraryLoadData(code, [], [], 0, [], [], 0)
+        _check(error)
+        error, kernel = driver.cuLibraryGetKernel(self._library, name.encode())
+        _check(error)
+        self._shared_bytes = shared_bytes
+        if shared_bytes:
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            error, handle = driver.cuDeviceGet(device)
+            _check(error)
+            _check(driver.cuKernelSetAttribute(attribute, shared_bytes, kernel, handle)[0])
+        self._function = driver.CUfunction(int(kernel))
+
+    def __call__(self, blocks: int, threads: int, stream: int, arguments: list[Any]) -> None:
+        slots = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(value) for value in arguments))
+        (error,) = self._driver.cuLaunchKernel(
+            self._function, blocks, 1, 1, threads, 1, 1, self._shared_bytes, stream, ctypes.addressof(slots), 0
+        )
+        _check(error)

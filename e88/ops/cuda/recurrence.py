@@ -1,0 +1,205 @@
+"""The CUDA backend: the recurrence as two kernels behind `torch.library` operators, differentiable and compilable.
+
+Letters as in `e88.ops.contract`; `tokens` is B * T. `tile.cuh` says how the kernels work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from e88.ops.cuda.compile import Kernel, compile_cubin
+from e88.ops.cuda.plan import Plan, make_plan
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """The backend entry: y [B, T, H, V] in v's dtype and the final state [N, H, K, V]."""
+    floats = [None if x is None else x.float() for x in (g, beta, initial_state)]
+    ends = None if cu_seqlens is None else cu_seqlens.to(device=v.device, dtype=torch.int64)
+    given = [x for x in (q, k, v, *floats) if x is not None]
+    save = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    y, final_state, _ = _forward(q, k, v, *floats, ends, activation == "tanh", save)
+    return y, final_state
+
+
+def _plan(k: Tensor, v: Tensor, beta: Tensor | None, tanh: bool) -> Plan:
+    return make_plan(k.shape[-1], v.shape[-1], v.dtype, tanh, beta is not None)
+
+
+@cache
+def _kernel(kernel: str, device: int, plan: Plan) -> Kernel:
+    major, minor = torch.cuda.get_device_capability(device)
+    backward = kernel == "backward"
+    code = compile_cubin(kernel, f"sm_{major}{minor}", plan.defines(backward))
+    return Kernel(code, f"e88_{kernel}", device, plan.shared_bytes if backward else 0)
+
+
+def _launch(kernel: str, plan: Plan, like: Tensor, sequences: int, heads: int, arguments: list[Any]) -> None:
+    device = like.device.index
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        blocks = sequences * heads * plan.splits
+        _kernel(kernel, device, plan)(blocks, plan.threads(kernel == "backward"), stream, arguments)
+
+
+def _pointer(x: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x` [B, T, H, D] with heads packed, tokens evenly spaced and rows aligned to 16 bytes; a copy only if needed."""
+    B, T, H, D = x.shape
+    even = B == 1 or x.stride(0) == T * x.stride(1)
+    packed = x.stride(3) == 1 and (H == 1 or x.stride(2) == D)
+    aligned = x.data_ptr() % 16 == 0 and x.stride(1) * x.element_size() % 16 == 0
+    return x if even and packed and aligned else x.contiguous(memory_format=torch.contiguous_format).clone()
+
+
+def _checkpoint_shape(k: Tensor, v: Tensor, ends: Tensor | None, plan: Plan) -> tuple[int, int, int, int]:
+    B, T, H, V = v.shape
+    sequences = B if ends is None else ends.shape[0] - 1
+    return B * T // plan.segment + sequences, H, V, k.shape[-1]
+
+
+@torch.library.custom_op("e88::cuda_forward", mutates_args=(), device_types="cuda")
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor | None,
+    initial_state: Tensor | None,
+    ends: Tensor | None,
+    tanh: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, final_state, checkpoints = _forward_fake(q, k, v, g, beta, initial_state, ends, tanh, save)
+    if final_state.numel() == 0:
+        return y, final_state, checkpoints
+    B, T, H, _ = v.shape
+    plan = _plan(k, v, beta, tanh)
+    rows = [_rows(x) for x in (q, k, v)]
+    rest = [None if x is None else x.contiguous() for x in (g, beta, initial_state, ends)]
+    arguments = [_pointer(x) for x in (*rows, *rest, y, final_state, checkpoints if save else None)]
+    arguments += [ctypes.c_int64(x.stride(1)) for x in rows]
+    _launch("forward", plan, v, final_state.shape[0], H, [*arguments, ctypes.c_int(T), ctypes.c_int(H)])
+    return y, final_state, checkpoints
+
+
+@_forward.register_fake
+def _forward_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor | None,
+    initial_state: Tensor | None,
+    ends: Tensor | None,
+    tanh: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, T, H, V = v.shape
+    sequences = B if ends is None else ends.shape[0] - 1
+    plan = _plan(k, v, beta, tanh)
+    y = v.new_empty(B, T, H, V)
+    final_state = v.new_empty(sequences, H, k.shape[-1], V, dtype=torch.float32)
+    shape = _checkpoint_shape(k, v, ends, plan) if save else (0, H, V, k.shape[-1])
+    return y, final_state, v.new_empty(shape, dtype=plan.saved_dtype)
+
+
+@torch.library.custom_op("e88::cuda_backward", mutates_args=(), device_types="cuda")
+def _backward(
+    dy: Tensor,
+    dfinal: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor | None,
+    ends: Tensor | None,
+    checkpoints: Tensor,
+    tanh: bool,
+    need_initial: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    B, T, H, V = v.shape
+    sequences = B if ends is None else ends.shape[0] - 1
+    plan = _plan(k, v, beta, tanh)
+    dq, dk, dv, dg, dbeta, dinitial = _backward_fake(
+        dy, dfinal, q, k, v, g, beta, ends, checkpoints, tanh, need_initial
+    )
+    if sequences * H == 0:
+        return dq, dk, dv, dg, dbeta, dinitial
+    rows = [_rows(x) for x in (q, k, v)]
+    rest = [None if x is None else x.contiguous() for x in (g, beta, ends)]
+    sums = [dq, dk, dg, dbeta]
+    if plan.splits > 1:
+        sums = [x.new_empty(plan.splits, *x.shape, dtype=torch.float32) for x in sums]
+    outputs = [sums[0], sums[1], dv, sums[2], sums[3], dinitial if need_initial else None]
+    final = None if dfinal is None else dfinal.contiguous()
+    inputs = [*rows, *rest, checkpoints, _rows(dy.contiguous()), final]
+    arguments = [_pointer(x) for x in (*inputs, *outputs)]
+    arguments += [ctypes.c_int64(n) for n in (*(x.stride(1) for x in rows), B * T)]
+    _launch("backward", plan, v, sequences, H, [*arguments, ctypes.c_int(T), ctypes.c_int(H)])
+    if plan.splits > 1:
+        for total, parts in zip((dq, dk, dg, dbeta), sums, strict=True):
+            torch.sum(parts, 0, out=total) if total.dtype == torch.float32 else total.copy_(parts.sum(0))
+    return dq, dk, dv, dg, dbeta, dinitial
+
+
+@_backward.register_fake
+def _backward_fake(
+    dy: Tensor,
+    dfinal: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor | None,
+    ends: Tensor | None,
+    checkpoints: Tensor,
+    tanh: bool,
+    need_initial: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    B, T, H, V = v.shape
+    K = k.shape[-1]
+    sequences = B if ends is None else ends.shape[0] - 1
+    dq, dk = (k.new_empty(B, T, H, K) for _ in range(2))
+    dg = g.new_empty(B, T, H)
+    dbeta = g.new_empty(0 if beta is None else B, T, H)
+    dinitial = g.new_empty(sequences if need_initial else 0, H, K, V)
+    return dq, dk, v.new_empty(B, T, H, V), dg, dbeta, dinitial
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, g, beta, initial_state, ends, tanh, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, g, beta, ends, output[2])
+    ctx.tanh = tanh
+    ctx.need_initial = initial_state is not None and initial_state.requires_grad
+
+
+def _vjp(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, g, beta, ends, checkpoints = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(v, memory_format=torch.contiguous_format)
+    dq, dk, dv, dg, dbeta, dinitial = _backward(
+        dy, dfinal, q, k, v, g, beta, ends, checkpoints, ctx.tanh, ctx.need_initial
+    )
+    gate = None if beta is None else dbeta
+    return dq, dk, dv, dg, gate, dinitial if ctx.need_initial else None, None, None, None
+
+
+_forward.register_autograd(_vjp, setup_context=_setup_context)
