@@ -14,6 +14,7 @@ from rich.table import Table
 from e88.sizing.units import human_count
 
 Row = dict[str, Any]
+SWEEP = "In the scaling study's sweep 32 was best in equal time; per step, larger states were slightly better."
 # Columns, more than any table needs.
 UNBOUNDED = 1000
 NAMES = {"e88": "E88", "gated_deltanet": "Gated DeltaNet", "mamba2": "Mamba2", "attention": "Transformer"}
@@ -171,6 +172,7 @@ def show_search(result: Row) -> None:
     lines = [
         "Balanced in both guides: H*n/dim 0.5-2 (balanced guide) and dim/(H*n) 0.8-1.2 (sizing guide).",
         f"Recommended n_state {low}: {escape(text)}.",
+        *([] if result["hardware"]["low"] <= 32 else [SWEEP]),
         f"[dim]{escape(result['ranking'])}[/]",
     ]
     _print(table, *lines, *_rivals(result.get("against", [])))

@@ -166,8 +166,8 @@ def _state_warnings(mixer: E88Config, on: str | None) -> list[str]:
         )
     if mixer.n_state >= 64 or mixer.n_heads >= 100:
         found.append(
-            f"long runs untested: {mixer.n_heads} heads of n_state {mixer.n_state} trained in the documents' runs, but "
-            "only for a few hundred steps; whether n_state 64-128 or 100 heads hold up longer is open"
+            "long runs untested: n_state 64-128 and 100 heads trained in the documents' runs, but only for a few "
+            "hundred steps; whether they hold up longer is open"
         )
     return found
 

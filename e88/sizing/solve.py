@@ -87,7 +87,7 @@ def solve(
         raise UserError("dim, depth, n_heads and n_state leave nothing to search; drop one, or drop the target")
     options = template or E88Config(n_heads=1)
     # A wide value head rules out the largest states.
-    states = [n for n in N_STATES if n * options.expand_v <= 256 and (n * options.expand_v).is_integer()]
+    states = [n for n in N_STATES if n * options.expand_v <= 256 and float(n * options.expand_v).is_integer()]
     shapes = [
         ModelConfig(
             dim=width,
@@ -271,7 +271,7 @@ def _rival_mixers(kind: str, dim: int) -> Iterator[tuple[MixerConfig, int, float
                 yield Mamba2Config(head_dim=head_dim, d_state=64), 0, 0.5
     elif kind == "gated_deltanet" and dim % (width // 2) == 0:
         for heads in sorted({dim // width, -(-dim // width)} - {0}):
-            mixer = GatedDeltaNetConfig(n_heads=heads, head_dim=width, expand_v=2)
+            mixer = GatedDeltaNetConfig(n_heads=heads, head_dim=width, expand_v=2.0)
             yield mixer, 0, abs(math.log2(heads * width / dim))
     elif kind == "attention" and dim % (width // 2) == 0:
         # Half the head width where it does not divide dim: 64 is as usual as 128.
