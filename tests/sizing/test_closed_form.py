@@ -100,6 +100,8 @@ def test_ratios_are_inverse_and_only_for_e88() -> None:
         ModelConfig(dim=32, depth=2, mixer=E88Config(n_heads=3, n_state=8, gate=True, write_gate=True), mlp_hidden=40),
         ModelConfig(dim=48, depth=1, mixer=E88Config(n_heads=2, n_state=16, tie_kv=True, decay="sigmoid")),
         ModelConfig(dim=32, depth=1, mixer=E88Config(n_heads=2, n_state=8, expand_v=2, decay="constant")),
+        ModelConfig(dim=32, depth=2, mixer=AttentionConfig(n_heads=2), mlp_hidden=48),
+        ModelConfig(dim=32, depth=1, mixer=GatedDeltaNetConfig(n_heads=2, head_dim=8, expand_v=2, conv=0)),
     ],
 )
 def test_matrix_flops_against_torch_counter(config: ModelConfig) -> None:
