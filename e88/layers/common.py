@@ -13,6 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def wide(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if that is what it is."""
+    return x.to(wide_dtype(x.dtype))
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else float32: what norms and recurrences compute in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 class _ScaleRows(torch.autograd.Function):
     """x / sqrt(sum(x^2) / count + eps), times a weight over the last axis where one is given.
 
@@ -38,7 +48,7 @@ class _ScaleRows(torch.autograd.Function):
         mean = product.sum(-1, keepdim=True).div_(-ctx.count)
         grad_weight = None
         if weight is not None:
-            grad_weight = torch.mul(grad, y, out=product).flatten(0, -2).sum(0)
+            grad_weight = torch.mul(grad, y, out=product).flatten(0, -1 - weight.ndim).sum(0)
         return torch.addcmul(grad_y, y, mean, out=y).mul_(scale), grad_weight, None, None
 
 
@@ -47,12 +57,15 @@ def _fast_rows(x: Tensor) -> bool:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis; reduced in float32 or wider, keeps x's dtype."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis; reduced in float32 or wider, keeps x's dtype.
+
+    weight is [d], or [g, d] where the last two axes of x are, with x of at least one axis more.
+    """
     if _fast_rows(x) and x.dtype == weight.dtype:
         y: Tensor = _ScaleRows.apply(x, weight, x.shape[-1], eps)
         return y
-    wide = x if x.dtype == torch.float64 else x.float()
-    return F.rms_norm(wide, (x.shape[-1],), weight.to(wide.dtype), eps).to(x.dtype)
+    y = F.rms_norm(wide(x), (x.shape[-1],), None if weight.ndim > 1 else wide(weight), eps)
+    return (y if weight.ndim == 1 else y * weight).to(x.dtype)
 
 
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -60,8 +73,8 @@ def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     if _fast_rows(x):
         y: Tensor = _ScaleRows.apply(x, None, 1, eps)
         return y
-    wide = x if x.dtype == torch.float64 else x.float()
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+    x_wide = wide(x)
+    return (x_wide * torch.rsqrt(x_wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -79,18 +92,26 @@ class RMSNorm(nn.Module):
 
 
 class GatedRMSNorm(RMSNorm):
-    """RMSNorm with a SiLU gate: `norm(x) * silu(gate)`, or `norm(x * silu(gate))` where `gate_first`."""
+    """RMSNorm with a SiLU gate: `norm(x) * silu(gate)`, or `norm(x * silu(gate))` where `gate_first`.
 
-    def __init__(self, dim: int, eps: float = 1e-5, *, gate_first: bool = False) -> None:
+    With `groups`, each of that many equal parts of the last axis is normalised on its own.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5, *, gate_first: bool = False, groups: int = 1) -> None:
         super().__init__(dim, eps)
         self.gate_first = gate_first
+        self.groups = groups
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
         """x, gate [..., dim] -> the shape and dtype of x."""
         gate = F.silu(gate.to(x.dtype))
-        if self.gate_first:
-            return rms_norm(x * gate, self.weight, self.eps)
-        return rms_norm(x, self.weight, self.eps) * gate
+        return self._norm(x * gate) if self.gate_first else self._norm(x) * gate
+
+    def _norm(self, x: Tensor) -> Tensor:
+        if self.groups == 1:
+            return rms_norm(x, self.weight, self.eps)
+        parts = x.unflatten(-1, (self.groups, -1))
+        return rms_norm(parts, self.weight.view(self.groups, -1), self.eps).flatten(-2)
 
 
 class ShortConv(nn.Module):
@@ -120,27 +141,45 @@ class ShortConv(nn.Module):
 
     def forward(self, x: Tensor, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [B, T, C], tail [B, C, W - 1] or None for zeros -> (y [B, T, C], the new tail), T >= 1."""
-        length, past = x.shape[1], self.width - 1
-        if tail is not None and length == 1:
-            window = torch.cat([tail, x.transpose(1, 2).to(tail.dtype)], dim=2)
-            y = (window * self.weight.squeeze(1)).sum(2)
-            y = y if self.bias is None else y + self.bias
-            return y.unsqueeze(1).to(x.dtype), window[:, :, 1:].contiguous()
-        if tail is not None:
-            x = torch.cat([tail.transpose(1, 2).to(x.dtype), x], dim=1)
-        # Time as the width of a channels-last image: the CPU convolution for that layout takes no copy and is
-        # three times as fast, forward and backward, as conv1d on [B, C, T].
-        image = x.transpose(1, 2).unsqueeze(2)
-        padding = (0, past) if tail is None else 0
-        y = F.conv2d(image, self.weight.unsqueeze(2), self.bias, padding=padding, groups=self.channels)
-        y = y.squeeze(2).transpose(1, 2)[:, :length]
-        new_tail = x[:, -past:].transpose(1, 2)
-        if new_tail.shape[2] < past:
-            new_tail = F.pad(new_tail, (past - new_tail.shape[2], 0))
-        return y, new_tail.contiguous()
+        return short_conv(x, self.weight, self.bias, tail)
+
+
+def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None) -> tuple[Tensor, Tensor]:
+    """ShortConv's computation: weight [C, 1, W], bias [C] or None, x, tail and results as there."""
+    length, past = x.shape[1], weight.shape[2] - 1
+    if tail is not None and length == 1:
+        window = torch.cat([tail, x.transpose(1, 2).to(tail.dtype)], dim=2)
+        y = (window * weight.squeeze(1)).sum(2)
+        y = y if bias is None else y + bias
+        return y.unsqueeze(1).to(x.dtype), window[:, :, 1:].contiguous()
+    if tail is not None:
+        x = torch.cat([tail.transpose(1, 2).to(x.dtype), x], dim=1)
+    # Time as the width of a channels-last image: the CPU convolution for that layout takes no copy and is
+    # three times as fast, forward and backward, as conv1d on [B, C, T].
+    image = x.transpose(1, 2).unsqueeze(2)
+    padding = (0, past) if tail is None else 0
+    y = F.conv2d(image, weight.unsqueeze(2), bias, padding=padding, groups=weight.shape[0])
+    y = y.squeeze(2).transpose(1, 2)[:, :length]
+    new_tail = x[:, -past:].transpose(1, 2)
+    if new_tail.shape[2] < past:
+        new_tail = F.pad(new_tail, (past - new_tail.shape[2], 0))
+    return y, new_tail.contiguous()
 
 
 def exempt_from_decay(*parameters: nn.Parameter) -> None:
     """Marks parameters that weight decay must leave alone (`_no_weight_decay`)."""
     for parameter in parameters:
         parameter._no_weight_decay = True  # type: ignore[attr-defined]
+
+
+def decay_parameters(heads: int, a_low: float = 1.0, a_high: float = 16.0) -> tuple[nn.Parameter, nn.Parameter]:
+    """A_log and dt_bias [heads] of the decay exp(-exp(A_log) * softplus(a + dt_bias)), as Mamba2 initialises them.
+
+    exp(A_log) is uniform on [a_low, a_high]; softplus(dt_bias) is log-uniform on [1e-3, 0.1], 1e-4 at least. Both
+    are exempt from weight decay.
+    """
+    a_log = nn.Parameter(torch.empty(heads).uniform_(a_low, a_high).log())
+    dt = torch.empty(heads).uniform_(math.log(1e-3), math.log(0.1)).exp().clamp_min(1e-4)
+    dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
+    exempt_from_decay(a_log, dt_bias)
+    return a_log, dt_bias
