@@ -1,0 +1,144 @@
+"""The figures of a comparison: curves against time, steps and tokens, and the one picture that stands for it all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from e88.errors import UserError
+from e88.report.compare import Comparison, Record, comparisons
+from e88.report.curves import (
+    HELDOUT,
+    LOSS,
+    LOSS_BPB,
+    Curve,
+    Measure,
+    axis_ranges,
+    comparison_curves,
+    has_heldout_curves,
+)
+from e88.report.files import write_text
+from e88.report.headline import headline
+from e88.report.points import interval_figure, scatter_figure, throughput_figure
+from e88.report.style import Style, draw_marker, styles
+from e88.report.svg import HEIGHT, LABEL_WIDTH, WIDTH, Box, Canvas, Figure, Scale, shorten, spread_labels, text_width
+
+LABELS = 14
+X_TITLES = {"seconds": "training time, seconds", "step": "optimiser steps", "tokens": "training tokens"}
+
+
+def figures(comparison: Comparison) -> list[Figure]:
+    """Every figure that the records of a comparison can fill, the plainest first."""
+    look = styles(comparison.groups)
+    found = [interval_figure(comparison, look), throughput_figure(comparison, look)]
+    if has_heldout_curves(comparison):
+        found.append(curve_figure(comparison, look, HELDOUT, "seconds", "Held-out bits per byte against time"))
+    for key, name in (("seconds", "time"), ("step", "steps"), ("tokens", "tokens")):
+        found.append(curve_figure(comparison, look, LOSS, key, f"Training loss against {name}"))
+    found.append(scatter_figure(comparison, look, "state"))
+    found.append(scatter_figure(comparison, look, "speed"))
+    return [figure for figure in found if figure is not None]
+
+
+def write_figure(records: Sequence[Record], path: str | os.PathLike[str]) -> Path:
+    """Write the picture of a comparison as a standalone SVG for light and dark themes: bits per byte against time.
+
+    It shows the largest comparison among the records: held-out bits per byte where the runs were evaluated on the way,
+    else those of training. Raises UserError where there is nothing to draw or the file cannot be written.
+    """
+    comparison = comparisons(records)[0]
+    measure = HELDOUT if has_heldout_curves(comparison) else LOSS_BPB
+    curves = comparison_curves(comparison, measure, "seconds")
+    if not curves:
+        raise UserError("no run has a curve to draw; report runs that finished")
+    width, height = 860.0, 450.0
+    canvas = Canvas(width, height, f"{measure.title} against training time")
+    canvas.text(16, 26, f"{measure.title[0].upper()}{measure.title[1:]} against training time", css="title")
+    seeds = max(curve.seeds for curve in curves)
+    told = comparison.title + (f"; mean and range of {seeds} seeds" if seeds > 1 else "; one seed")
+    canvas.text(16, 48, shorten(told, width - 32), css="soft")
+    look = styles(comparison.groups)
+    draw_curves(canvas, curves, look, Box(62, 92, width - 12, height - 50), X_TITLES["seconds"], measure.title)
+    return write_text(path, canvas.markup(standalone=True, caption=headline(comparison)))
+
+
+def curve_figure(
+    comparison: Comparison, look: dict[str, Style], measure: Measure, x_key: str, title: str
+) -> Figure | None:
+    """Lines with a band over seeds and a label at each end."""
+    curves = comparison_curves(comparison, measure, x_key)
+    if not curves:
+        return None
+    canvas = Canvas(WIDTH, HEIGHT, title)
+    draw_curves(canvas, curves, look, Box(44, 30, WIDTH, HEIGHT - 44), X_TITLES[x_key], measure.title)
+    notes = []
+    if any(curve.seeds > 1 for curve in curves):
+        notes.append("Line: mean over seeds; band: from the lowest to the highest seed.")
+    if measure.source == "curve":
+        notes.append("Smoothed; the first 5 % is not shown.")
+    if any(curve.diverged for curve in curves):
+        notes.append("Thin line ending in ×: a run that diverged.")
+    return Figure(title, canvas.markup(), " ".join(notes))
+
+
+def draw_curves(
+    canvas: Canvas, curves: Sequence[Curve], look: dict[str, Style], area: Box, x_title: str, y_title: str
+) -> None:
+    """Curves with axes and end labels in `area`, whose left edge is the y axis."""
+    # Among many models the best have names and decide the range of the axes; the others are drawn thin.
+    named = [curve for curve in curves if not curve.diverged][:LABELS]
+    known = {curve.group.label for curve in named}
+    for curve in curves:
+        if curve.group.label not in known and len(named) < LABELS:
+            named.append(curve)
+            known.add(curve.group.label)
+    (x_low, x_high), (y_low, y_high) = axis_ranges(named)
+    room = min(LABEL_WIDTH, max(text_width(curve.group.label) for curve in named)) + 30
+    box = Box(area.left, area.top, area.right - room, area.bottom)
+    x, y = Scale(x_low, x_high, box.left, box.right, log=True), Scale(y_low, y_high, box.bottom, box.top)
+    canvas.axes(box, x, y, x_title, y_title)
+    for curve in reversed(curves):
+        style = look[curve.group.label]
+        canvas.group(style.light, style.dark, curve.group.label + (" (diverged)" if curve.diverged else ""))
+        _draw_curve(canvas, curve, style, box, x, y, curve.diverged or curve.group.label not in known)
+        canvas.end()
+    ends = [_end(curve, x, y, box) for curve in named]
+    heights = spread_labels([end[1] for end in ends], box.top, box.bottom)
+    for curve, end, height in zip(named, ends, heights, strict=True):
+        style = look[curve.group.label]
+        canvas.group(style.light, style.dark, curve.group.label)
+        canvas.path([(end[0] + 6, end[1]), (box.right + 10, end[1]), (box.right + 20, height)], "leader")
+        canvas.end()
+        label = curve.group.label
+        canvas.text(box.right + 24, height, shorten(label, room - 24), full=label)
+    if hidden := len({curve.group.label for curve in curves} - known):
+        canvas.text(area.right, area.top - 15, f"best {len(named)} named, {hidden} more thin", anchor="end", css="soft")
+
+
+def _end(curve: Curve, x: Scale, y: Scale, box: Box) -> tuple[float, float]:
+    last = len(curve.x) - 1
+    # A curve that blew up ends, for the eye, where it leaves the picture for good.
+    while curve.diverged and last > 0 and not y.holds(float(curve.y[last - 1])):
+        last -= 1
+    at, height = x(float(curve.x[last])), y(float(curve.y[last]))
+    return min(max(at, box.left), box.right), min(max(height, box.top), box.bottom)
+
+
+def _draw_curve(canvas: Canvas, curve: Curve, style: Style, box: Box, x: Scale, y: Scale, thin: bool) -> None:
+    xs = [x(float(value)) for value in curve.x]
+    canvas.clip(box)
+    if curve.seeds > 1 and len(xs) > 1 and not thin:
+        upper = [(at, y(float(value))) for at, value in zip(xs, curve.high, strict=True)]
+        lower = [(at, y(float(value))) for at, value in zip(xs, curve.low, strict=True)]
+        canvas.path([*upper, *reversed(lower)], "band", closed=True)
+    line = [(at, y(float(value))) for at, value in zip(xs, curve.y, strict=True)]
+    if len(line) > 1:
+        canvas.path(line, "faint" if thin else "line", "" if thin else style.dash)
+    canvas.end_clip()
+    at, height = _end(curve, x, y, box)
+    if curve.diverged:
+        canvas.path([(at - 4, height - 4), (at + 4, height + 4)], "line")
+        canvas.path([(at - 4, height + 4), (at + 4, height - 4)], "line")
+    elif not thin:
+        draw_marker(canvas, style, at, height, 3.5)
