@@ -19,18 +19,17 @@ def data(
     = "stdlib",
     out: Annotated[str | None, typer.Option(help="Write a self-contained prepared folder here.")] = None,
     tokenizer: options.Tokenizer = None,
-    json_: options.Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Prepare data, or open it, check it against its hashes, and say what it is."""
-    from pathlib import Path
-
     from e88.data.corpus import check_out, open_corpus
+    from e88.data.sources import find_source
     from e88.errors import UserError
 
     if out is not None:
         # Before any work: an output that cannot be written should not cost an hour.
         target = check_out(out)
-        if source != "stdlib" and target.is_relative_to(Path(source).resolve()):
+        if find_source(source).holds(target):
             raise UserError(f"{target} lies inside the source; choose another folder for --out")
     corpus = open_corpus(source, tokenizer=tokenizer)
     if out is not None:
@@ -39,7 +38,7 @@ def data(
     else:
         corpus.verify()
     found = summary(corpus, out)
-    if json_:
+    if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
         _print(found)

@@ -31,6 +31,7 @@ from e88.data.store import (
 from e88.data.tokenizer import Tokenizer
 from e88.data.tokens import prepare_tokens
 from e88.errors import UserError
+from e88.runtime import cache_folder
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,10 +148,12 @@ def open_corpus(
     `$E88_CACHE/data`, else ~/.cache/e88/data). Raises UserError for whatever cannot be read, prepared or written.
     """
     found = find_source(source)
-    folder = default_cache() if cache is None else Path(cache)
+    folder = cache_folder() / "data" if cache is None else Path(cache)
     with user_errors(f"prepare {source}"):
         if found.kind == "prepared":
             base = found.path
+        elif found.holds(folder):
+            raise UserError(f"the cache {folder} lies inside the data {source}; set E88_CACHE to a folder elsewhere")
         else:
             base = cached(folder, found.fingerprint(), partial(prepare, found))
         corpus = _load(base)
@@ -162,11 +165,6 @@ def open_corpus(
         key = hashlib.sha256(f"{corpus.hash} {loaded.sha256}".encode()).hexdigest()[:24]
         data = {split.name: split.data for split in corpus.splits}
         return _load(cached(folder, key, partial(prepare_tokens, corpus.meta, data, loaded)))
-
-
-def default_cache() -> Path:
-    """The folder for prepared data."""
-    return Path(os.environ.get("E88_CACHE") or Path.home() / ".cache" / "e88").expanduser() / "data"
 
 
 def check_out(out: str | Path) -> Path:

@@ -54,6 +54,13 @@ class Source:
         text = json.dumps([FORMAT, self.kind, str(self.path), files], ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
+    def holds(self, path: Path) -> bool:
+        """Whether files written at `path` would become documents of this folder."""
+        path = path.expanduser().resolve()
+        if self.kind != "folder" or not path.is_relative_to(self.path):
+            return False
+        return not any(part.startswith(".") for part in path.relative_to(self.path).parts)
+
 
 def find_source(source: str | Path) -> Source:
     """What a name or path stands for. `stdlib` is the standard library of the running Python, any other string a path.

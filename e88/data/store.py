@@ -167,27 +167,30 @@ def cached(cache: Path, key: str, build: Callable[[Path], None]) -> Path:
             # Whoever held the lock before us is gone, so nobody writes to these any more.
             for leftover in cache.glob(f"{key}.tmp-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
-        publish(target, build)
+        publish(target, build, keep=True)
     return target
 
 
-def publish(target: Path, build: Callable[[Path], None]) -> None:
-    """Build a folder beside `target` and rename it to `target`, replacing a damaged or older one there."""
+def publish(target: Path, build: Callable[[Path], None], *, keep: bool = False) -> None:
+    """Build a folder beside `target` and rename it to `target`, replacing what is there; with `keep`, not a prepared
+    folder that has appeared since, which is as good where both were made from the same data."""
     temporary = target.with_name(f"{target.name}.tmp-{uuid.uuid4().hex}")
     old = target.with_name(f"{target.name}.tmp-{uuid.uuid4().hex}")
     try:
         temporary.mkdir()
         build(temporary)
+        if keep and is_prepared(target):
+            return
         if target.exists():
             os.replace(target, old)
         try:
             os.replace(temporary, target)
         except OSError:
-            # Without working locks another process may have been quicker; its folder is as good as ours.
-            if not is_prepared(target):
-                if old.exists():
-                    os.replace(old, target)
-                raise
+            if keep and is_prepared(target):
+                return
+            if old.exists():
+                os.replace(old, target)
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

@@ -127,9 +127,9 @@ def _pieces(data: np.ndarray) -> Iterator[_Piece]:
             start += end + 1
             continue
         if start + PIECE < len(data):
-            line = near.rfind(b"\n") + 1
-            # Without a line end, not within a UTF-8 character: back to where the last one starts.
-            back = next((i for i in range(1, 5) if near[-i] & 0xC0 != 0x80), 1)
-            near = near[: line or len(near) - back]
+            # Without a line end, where the next UTF-8 character starts.
+            ends = range(PIECE, max(PIECE - 4, 0), -1)
+            character = next((end for end in ends if data[start + end] & 0xC0 != 0x80), PIECE)
+            near = near[: near.rfind(b"\n") + 1 or character]
         yield _Piece(start, start + len(near), False)
         start += len(near)

@@ -1,0 +1,131 @@
+"""Batches are a pure function of seed and step; the held-out slice is fixed."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from e88.data.corpus import Split, open_corpus
+from e88.data.loader import WindowSampler, heldout_windows
+from e88.errors import UserError
+
+
+def split_of(size, dtype=np.uint8, seed=0):
+    data = np.random.default_rng(seed).integers(0, 200, size).astype(dtype)
+    return Split("train", data, bytes=size)
+
+
+def philox(key, blocks):
+    """Philox4x64-10 written out from the paper, counters from 1 on as numpy has them."""
+    mask, out = (1 << 64) - 1, []
+    for counter in range(1, blocks + 1):
+        x, (k0, k1) = [counter, 0, 0, 0], key
+        for _ in range(10):
+            a, b = 0xD2E7470EE14C6C93 * x[0], 0xCA5A826395121157 * x[2]
+            x = [b >> 64 ^ x[1] ^ k0, b & mask, a >> 64 ^ x[3] ^ k1, a & mask]
+            k0, k1 = k0 + 0x9E3779B97F4A7C15 & mask, k1 + 0xBB67AE8584CAA73B & mask
+        out += x
+    return out
+
+
+@given(
+    size=st.integers(2, 400), window=st.integers(1, 60), batch=st.integers(1, 9), seed=st.integers(0, 2**64 - 1),
+    step=st.integers(0, 2**40),
+)  # fmt: skip
+def test_batch_is_windows_of_the_split(size, window, batch, seed, step):
+    split = split_of(max(size, window + 1))
+    sampler = WindowSampler(split, window, batch, seed)
+    starts, found = sampler.starts(step), sampler.batch(step)
+    assert found.shape == (batch, window + 1) and found.dtype == np.int64
+    for start, row in zip(starts, found, strict=True):
+        assert 0 <= start <= len(split) - window - 1
+        assert np.array_equal(row, split[start : start + window + 1])
+
+
+@given(seed=st.integers(0, 2**64 - 1), step=st.integers(0, 2**40), size=st.integers(65, 10**6))
+@settings(max_examples=30)
+def test_starts_are_those_of_the_published_generator(seed, step, size):
+    split = Split("train", np.zeros(size, dtype=np.uint8), bytes=size)
+    raw = philox((seed, step), 2)[:7]
+    expected = [int((r >> 11) / 2**53 * (size - 64)) for r in raw]
+    assert WindowSampler(split, 64, 7, seed).starts(step).tolist() == expected
+
+
+@given(seed=st.integers(0, 2**63), resume=st.integers(0, 30))
+@settings(max_examples=30)
+def test_resumed_run_sees_the_batches_it_would_have_seen(seed, resume):
+    split = split_of(1000)
+    whole = WindowSampler(split, 16, 4, seed)
+    batches = [whole.batch(step) for step in range(40)]
+    resumed = WindowSampler(split, 16, 4, seed)
+    for step in range(resume, 40):
+        assert np.array_equal(resumed.batch(step), batches[step])
+    assert np.array_equal(whole.batch(resume), batches[resume])
+
+
+def test_seeds_and_steps_give_different_batches():
+    split = split_of(100_000)
+    starts = [tuple(WindowSampler(split, 16, 8, seed).starts(step)) for seed in range(20) for step in range(20)]
+    assert len(set(starts)) == 400
+
+
+def test_starts_are_uniform_and_uncorrelated():
+    sampler = WindowSampler(split_of(1064), 64, 100, seed=1)
+    starts = np.stack([sampler.starts(step) for step in range(1000)])
+    counts = np.bincount(starts.ravel(), minlength=1000)
+    assert counts.shape == (1000,)
+    # Chi-square with 999 degrees of freedom: mean 999, standard deviation 45.
+    assert abs(((counts - 100) ** 2 / 100).sum() - 999) < 4 * 45
+    centred = starts - starts.mean()
+    for a, b in ((centred[:-1], centred[1:]), (centred[:, :-1], centred[:, 1:])):
+        assert abs((a * b).mean() / centred.var()) < 4 / np.sqrt(a.size)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32])
+def test_all_token_types_and_memory_maps(tmp_path, dtype):
+    split = split_of(500, dtype)
+    split.data.tofile(tmp_path / "x.bin")
+    mapped = Split("train", np.memmap(tmp_path / "x.bin", dtype=dtype, mode="r"), bytes=500)
+    for step in range(5):
+        batch = WindowSampler(mapped, 20, 3, 7).batch(step)
+        assert type(batch) is np.ndarray and batch.flags.owndata
+        assert np.array_equal(batch, WindowSampler(split, 20, 3, 7).batch(step))
+
+
+@given(size=st.integers(2, 3000), window=st.integers(1, 100), max_bytes=st.integers(1, 4000))
+def test_heldout_windows_are_fixed_spread_and_do_not_overlap(size, window, max_bytes):
+    size = max(size, window + 1)
+    split = Split("valid", np.arange(size, dtype=np.uint32), bytes=size)
+    found = heldout_windows(split, window, max_bytes)
+    assert found.dtype == np.int64 and np.array_equal(found, heldout_windows(split, window, max_bytes))
+    starts = found[:, 0]
+    assert np.array_equal(found, starts[:, None] + np.arange(window + 1))
+    fits = size // (window + 1)
+    assert len(found) == max(1, min(max_bytes // window, fits))
+    if len(found) > 1:
+        gaps = np.diff(starts)
+        assert gaps.min() >= window + 1 and gaps.max() - gaps.min() <= 1
+        assert starts[0] == 0 and starts[-1] == size - window - 1
+
+
+def test_heldout_slice_is_measured_in_bytes_of_text():
+    split = Split("valid", np.zeros(100_000, dtype=np.uint16), bytes=400_000)
+    assert len(heldout_windows(split, 100, max_bytes=40_000)) == 100
+
+
+def test_split_shorter_than_a_window_is_refused(tmp_path):
+    message = r"the train split has 64 bytes, too few for a window of 64 \+ 1; use a shorter window or more data"
+    with pytest.raises(UserError, match=message):
+        WindowSampler(split_of(64), 64, 1, 0)
+    with pytest.raises(UserError, match="has 5 tokens"):
+        heldout_windows(split_of(5, np.uint16), 8)
+    path = tmp_path / "small.txt"
+    path.write_text("some text\n" * 20)
+    with pytest.raises(UserError, match="the valid split has 10 bytes"):
+        heldout_windows(open_corpus(path, cache=tmp_path / "cache").valid, 64)
+
+
+@pytest.mark.parametrize(("window", "batch", "seed"), [(0, 1, 0), (4, 0, 0), (4, 1, -1), (4, 1, 2**64)])
+def test_sampler_refuses_senseless_arguments(window, batch, seed):
+    with pytest.raises(UserError, match="must be"):
+        WindowSampler(split_of(100), window, batch, seed)
