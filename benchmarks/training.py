@@ -109,8 +109,8 @@ def measure(steps: dict[str, Step], patches: dict[str, bool], seconds: float, de
 
 def profile_table(step: Step, rows: int = 14) -> list[dict]:
     """Share of a step's time by operation, largest first."""
-    activity = ProfilerActivity.CUDA if step.device.type == "cuda" else ProfilerActivity.CPU
-    with profile(activities=[ProfilerActivity.CPU, activity]) as recorded:
+    activities = {ProfilerActivity.CPU, ProfilerActivity.CUDA if step.device.type == "cuda" else ProfilerActivity.CPU}
+    with profile(activities=activities) as recorded:
         for _ in range(3):
             step()
         runtime.synchronise(step.device)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+from typing import NoReturn
 
 import typer
 
@@ -29,10 +31,24 @@ for _module in ("size", "data", "train", "generate", "bench", "doctor"):
 def main() -> None:
     """Entry point: exit code 0 done, 2 wrong use or input (one line on stderr), 3 diverged, 130 interrupted."""
     try:
-        app()
+        code = app(standalone_mode=False)
     except UserError as error:
-        print(f"e88: error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USAGE)
+        _fail(str(error))
     except KeyboardInterrupt:
         print("e88: interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        # The reader has had enough (`e88 presets | head`); what is still buffered must not raise at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        # Typer's usage errors share no public base class across its versions, but all can say what is wrong.
+        if not hasattr(error, "format_message"):
+            raise
+        _fail(f"{error.format_message().rstrip('.')}; see e88 --help" if str(error) else "no command; see e88 --help")
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"e88: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(EXIT_USAGE)
