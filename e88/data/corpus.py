@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from e88.data.codec import Codec
 from e88.data.prepare import prepare
 from e88.data.sources import find_source
 from e88.data.store import (
@@ -93,20 +94,18 @@ class Corpus:
         lengths = self._tokenizer().lengths[tokens]
         return lengths if info.exact else lengths * info.byte_scale
 
+    @property
+    def codec(self) -> Codec:
+        """Text to ids and back, as a checkpoint keeps it."""
+        return Codec(self._tokenizer() if self._tokenizer else None)
+
     def encode(self, text: bytes) -> np.ndarray:
         """int64 [n] ids of a text; UserError where a tokenizer is given bytes that are not UTF-8."""
-        if self._tokenizer is None:
-            return np.frombuffer(text, dtype=np.uint8).astype(np.int64)
-        try:
-            (ids,) = self._tokenizer().encode([text.decode()])
-        except UnicodeDecodeError as error:
-            raise UserError(f"the text is not UTF-8 at byte {error.start}; a tokenizer reads only text") from error
-        return np.array(ids, dtype=np.int64)
+        return self.codec.encode(text)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> bytes:
         """The bytes of ids."""
-        items: list[int] = np.asarray(ids).tolist()
-        return bytes(items) if self._tokenizer is None else self._tokenizer().decode(items)
+        return self.codec.decode(ids)
 
     def verify(self) -> None:
         """Read everything and compare with the recorded hashes; UserError where the data has changed."""

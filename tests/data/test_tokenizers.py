@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from e88.data import tokens
+from e88.data.codec import Codec
 from e88.data.corpus import open_corpus
 from e88.data.loader import heldout_windows
 from e88.data.tokenizer import Tokenizer
@@ -243,3 +244,13 @@ def test_random_and_limiting_settings_of_the_file_are_off(texts):
     text = "the state is a matrix " * 20
     first, second = tokenizer.encode([text, text])
     assert first == second and tokenizer.join(first) == text.encode()
+
+
+def test_codec_travels_without_the_corpus(files, texts, cache):
+    text = TEXT[1].encode()
+    for name in (None, *EXACT):
+        corpus = open_corpus(texts, tokenizer=name and files / f"{name}.json", cache=cache)
+        saved = json.loads(json.dumps(corpus.codec.to_dict()))
+        codec = Codec.from_dict(saved)
+        assert np.array_equal(codec.encode(text), corpus.encode(text)) and codec.decode(codec.encode(text)) == text
+    assert Codec().decode([104, 105, 256, 300]) == b"hi"
