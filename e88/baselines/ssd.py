@@ -84,7 +84,9 @@ class _Scan(torch.autograd.Function):
         pair = (total.unsqueeze(-1) - total.unsqueeze(-2)).clamp_max_(0).exp_()
         pair = pair.view(s.batch * s.G, s.R, s.Q, s.Q)
         scores = (pair * torch.bmm(C, B.mT).tril_().unsqueeze(1)).view(s.batch * s.H, s.Q, s.Q)
-        inputs = x.transpose(1, 2).contiguous().mul_(s.heads_first(dt).unsqueeze(-1)).view(s.batch * s.H, s.Q, s.P)
+        inputs = xbc.new_empty(s.batch, s.H, s.Q, s.P)
+        torch.mul(x.transpose(1, 2), s.heads_first(dt).unsqueeze(-1), out=inputs)
+        inputs = inputs.view(s.batch * s.H, s.Q, s.P)
         late = s.by_group((x * (steps * rest)).view(s.batch, s.Q, s.G, -1))
 
         before = xbc.new_empty(s.b, s.chunks, s.G, s.N, s.R * s.P)
@@ -96,11 +98,10 @@ class _Scan(torch.autograd.Function):
         before = before.view(s.batch * s.G, s.N, -1)
         y = s.by_time(torch.bmm(C, before)).reshape(s.batch, s.Q, s.H, s.P).mul_(decay)
         y.add_(torch.bmm(scores, inputs).view(s.batch, s.H, s.Q, s.P).transpose(1, 2))
-        y.addcmul_(x, D.unsqueeze(-1))
-        y = y.view(s.b, s.T, s.H, s.P)
+        out = torch.addcmul(y, x, D.unsqueeze(-1)).reshape(s.b, s.T, s.H, s.P)
         ctx.save_for_backward(xbc, dt, D, decay, rest, kept, pair, scores, inputs, late, before, final, y)
         ctx.sizes = s
-        return y, final
+        return out, final
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -135,11 +136,10 @@ def _backward(ctx: Any, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor | No
     grad_input = s.by_time(torch.bmm(B, after)).reshape(s.batch, s.Q, s.H, s.P).mul_(rest)
     grad_input.add_(torch.bmm(scores.mT, grad_heads).view(s.batch, s.H, s.Q, s.P).transpose(1, 2))
     grad_dt = torch.linalg.vecdot(grad_input, x).view_as(dt)
-    skip = torch.linalg.vecdot(grad_y, x).view_as(dt)
+    grad_D = (grad_y * x).sum((0, 1, 3))
     # log a_t scales all that later outputs and the final state hold from before t: what they hold in all, less
     # what was written since, is a difference of dot products that are at hand, summed from the end.
-    change = torch.linalg.vecdot(grad_y, y.view_as(grad_y)).view_as(dt)
-    change.addcmul_(skip, D, value=-1).addcmul_(grad_dt, dt, value=-1)
+    change = torch.linalg.vecdot(grad_y, y).view_as(dt).addcmul_(grad_dt, dt, value=-1)
     change[:, -1] += (grad_final * final).sum((-1, -2))
     grad_log_decay = change.flip(1).cumsum(1).flip(1)
 
@@ -147,7 +147,7 @@ def _backward(ctx: Any, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor | No
     torch.mul(grad_input, steps, out=s.x(grad_xbc)).addcmul_(grad_y, D.unsqueeze(-1))
     for part, grad in zip(s.shared(grad_xbc), (grad_B, grad_C), strict=True):
         part.copy_(s.by_time(grad))
-    return grad_xbc, grad_dt, grad_log_decay, skip.sum((0, 1)), grad_state, None, None
+    return grad_xbc, grad_dt, grad_log_decay, grad_D, grad_state, None, None
 
 
 def ssd(
