@@ -50,6 +50,10 @@ class Group:
         return tuple(run for run in self.runs if run.get("status") == "done")
 
     @property
+    def done_seeds(self) -> set[int]:
+        return {int(run.get("seed") or 0) for run in self.done}
+
+    @property
     def kind(self) -> str:
         """The mixer's kind, "" where the record does not say."""
         return str(dig(self.runs[0], "config", "model", "mixer", "kind") or "")
@@ -138,7 +142,7 @@ def comparisons(records: Sequence[Record]) -> list[Comparison]:
     if not records:
         raise UserError("there are no records to report; train a model first (e88 train), or give another folder")
     parts: dict[tuple[Any, ...], list[Record]] = {}
-    # A failed run may lack its data or hardware: those with most known come first and the others join a part they fit.
+    # Some runs lack their data or hardware: those with most known come first and the others join a part they fit.
     for record in sorted(records, key=lambda record: sum(part is None for part in _setting(record))):
         setting = _setting(record)
         home = next((key for key in parts if _fits(setting, key)), setting)
@@ -151,7 +155,8 @@ def _setting(record: Record) -> tuple[Any, ...]:
         json.dumps(_budget(record), sort_keys=True) if _budget(record) else None,
         dig(record, "data", "hash"),
         dig(record, "data", "heldout_bytes"),
-        dig(record, "environment", "hardware"),
+        # A failed run has measured nothing: where it failed does not set it apart.
+        None if record.get("status") == "failed" else dig(record, "environment", "hardware"),
     )
 
 
@@ -192,10 +197,11 @@ def _rank(group: Group) -> tuple[int, float, str]:
 
 
 def _without_seed(record: Record) -> dict[str, Any]:
+    """The configuration less what makes no other model: the seed, and how often the run was saved."""
     config = dict(record.get("config") or {})
     training = config.get("training")
     if isinstance(training, dict):
-        config["training"] = {key: value for key, value in training.items() if key != "seed"}
+        config["training"] = {k: v for k, v in training.items() if k not in ("seed", "checkpoint_every")}
     return config
 
 
@@ -247,6 +253,8 @@ def _warnings(groups: list[Group]) -> Iterable[str]:
         yield "Some runs come from a source tree with uncommitted changes (commit ends in -dirty)."
     if len(values := several("environment", "versions", "torch")) > 1:
         yield f"The runs used different versions of torch: {', '.join(values)}."
+    if len({frozenset(group.done_seeds) for group in groups if group.done}) > 1:
+        yield "The models did not finish the same seeds: their means are not over the same data, only differences are."
     for group in groups:
         lost = len(group.runs) - len(group.done)
         if group.done and lost:

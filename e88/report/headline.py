@@ -77,7 +77,10 @@ def _verdict(group: Group, best: Group, who: str) -> str:
     subject = f"{who}, {group.label},"
     if gap is None:
         return f"{subject} shares no seed with it, so that lead is undecided."
-    behind = f"{subject} is {gap.mean:.4f} behind"
+    # Where the models ran different seeds, the order over those they share may not be that of their means.
+    behind = f"{subject} is {abs(gap.mean):.4f} {'behind' if gap.mean >= 0 else 'ahead'}"
+    if not group.done_seeds == best.done_seeds:
+        behind += f" on the {_seeds(gap)} they share"
     if gap.low is None or gap.high is None:
         return f"{behind}{_overlap(group, best)}."
     interval = f"{gap.low:.4f} to {gap.high:.4f}, paired over {gap.n} seeds"

@@ -112,7 +112,7 @@ def _facts(comparison: Comparison) -> Iterable[tuple[str, str]]:
     for key, value in comparison.budget.items():
         yield "Budget", duration(value) if key == "seconds" else f"{count(value)} {key}"
     facts = [("Hardware", comparison.hardware)]
-    facts.append(("Data", " ".join(part for part in (comparison.data, str(dig(first, "data", "hash") or "")) if part)))
+    facts.append(("Data", f"{comparison.data} {str(dig(first, 'data', 'hash') or '')[:12]}".strip()))
     for key, name in (("train_bytes", "Training bytes"), ("heldout_bytes", "Held-out bytes")):
         size = number(first, "data", key)
         facts.append((name, "" if size is None else count(size)))

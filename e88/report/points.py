@@ -17,7 +17,7 @@ _PLACES = ((1, 0, "start"), (-1, 0, "end"), (0, -1, "middle"), (0, 1, "middle"),
 _FAR = (1.0, 2.2)
 _LABELS = 20
 _X_TITLES = {
-    "state": "recurrent state per layer, elements",
+    "state": "state per layer, elements",
     "speed": "training tokens per second (median of steady steps)",
 }
 
@@ -147,8 +147,10 @@ def scatter_figure(comparison: Comparison, look: dict[str, Style], against: str)
         canvas.end()
     unnamed = _label_points(canvas, box, [(group, x(at), y(score.mean)) for group, at, score in points])
     notes = ["Line: 95 % interval."]
+    if against == "state" and any(group.kind == "attention" for group, _, _ in points):
+        notes.append("The state of attention is its cache of one window; the others' does not grow.")
     if absent:
-        what = "a recurrent state of fixed size" if against == "state" else "a measured speed"
+        what = "a known state" if against == "state" else "a measured speed"
         notes.append(f"Without {what}, and so not shown: {', '.join(absent)}.")
     if unnamed:
         notes.append("Where labels would overlap, some points go without; point at one for its name.")

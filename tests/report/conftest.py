@@ -14,7 +14,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tiny-e88": {"kind": "e88", "state": 4096, "params": 1_203_456, "speed": 21_000, "floor": 1.31, "ratio": 1.0},
     "tiny-gdn": {"kind": "gated_deltanet", "state": 16384, "params": 1_190_112, "speed": 26_500, "floor": 1.29},
     "tiny-mamba2": {"kind": "mamba2", "state": 32768, "params": 1_215_000, "speed": 30_200, "floor": 1.42},
-    "tiny-transformer": {"kind": "attention", "state": 0, "params": 1_220_608, "speed": 34_800, "floor": 1.47},
+    "tiny-transformer": {"kind": "attention", "state": 81_920, "params": 1_220_608, "speed": 34_800, "floor": 1.47},
 }
 
 
@@ -63,7 +63,7 @@ def make_record(name: str = "tiny-e88", seed: int = 0, status: str = "done", **o
         "seed": seed,
         "started": "2026-11-22T07:00:00Z",
         "config": config,
-        "data": {"name": "corpus", "hash": "9c1f22aa01", "train_bytes": 41_203_112, "heldout_bytes": 262_144,
+        "data": {"name": "corpus", "hash": "9c1f22aa01" * 6, "train_bytes": 41_203_112, "heldout_bytes": 262_144,
                  "window": window, "bytes_per_token": 1.0},
         "model": {"params": shape["params"], "params_by_group": {"embedding": 32768, "mixer": 1_100_000},
                   "state_per_layer": shape["state"], "state_total": 4 * shape["state"],

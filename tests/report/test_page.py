@@ -92,7 +92,7 @@ def test_page_shows_every_run(study: list[dict[str, Any]], tmp_path: Path) -> No
 def test_axes_have_units(study: list[dict[str, Any]], tmp_path: Path) -> None:
     text = Page(write_page(study, tmp_path / "x.html").read_text(encoding="utf-8")).text
     titles = ("training time, seconds", "optimiser steps", "training tokens", "training loss, nats per token")
-    titles += ("held-out bits per byte", "recurrent state per layer, elements", "training tokens per second")
+    titles += ("held-out bits per byte", "state per layer, elements", "training tokens per second")
     for title in titles:
         assert title in text
 

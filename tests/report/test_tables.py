@@ -102,6 +102,14 @@ def test_headline_names_the_best_e88_where_it_is_not_near_the_top(make_record: A
     assert "Not separated from the best either: tiny-transformer." in told
 
 
+def test_headline_says_where_shared_seeds_tell_another_story(make_record: Any) -> None:
+    records = with_scores(make_record, {"tiny-e88": [2.0], "tiny-gdn": [1.9, 2.9]})
+    (comparison,) = comparisons(records)
+    told = headline(comparison)
+    assert "tiny-e88 has the lowest" in told and "tiny-gdn, is 0.1000 ahead on the one seed they share" in told
+    assert any("did not finish the same seeds" in warning for warning in comparison.warnings)
+
+
 def test_headline_without_a_contest(make_record: Any) -> None:
     assert "nothing to compare" in headline(comparisons([make_record()])[0])
     lost = [make_record("tiny-e88", 0, "failed"), make_record("tiny-e88", 1, "diverged")]
