@@ -6,6 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from e88.errors import UserError
 from e88.report.compare import Comparison, Record, comparisons
 from e88.report.curves import (
@@ -126,13 +128,15 @@ def _end(curve: Curve, x: Scale, y: Scale, box: Box) -> tuple[float, float]:
 
 
 def _draw_curve(canvas: Canvas, curve: Curve, style: Style, box: Box, x: Scale, y: Scale, thin: bool) -> None:
-    xs = [x(float(value)) for value in curve.x]
+    # One point to the left of the axis is enough for a line that enters there.
+    first = max(int(np.searchsorted(curve.x, x.low)) - 1, 0)
+    xs = [x(float(value)) for value in curve.x[first:]]
     canvas.clip(box)
     if curve.seeds > 1 and len(xs) > 1 and not thin:
-        upper = [(at, y(float(value))) for at, value in zip(xs, curve.high, strict=True)]
-        lower = [(at, y(float(value))) for at, value in zip(xs, curve.low, strict=True)]
+        upper = [(at, y(float(value))) for at, value in zip(xs, curve.high[first:], strict=True)]
+        lower = [(at, y(float(value))) for at, value in zip(xs, curve.low[first:], strict=True)]
         canvas.path([*upper, *reversed(lower)], "band", closed=True)
-    line = [(at, y(float(value))) for at, value in zip(xs, curve.y, strict=True)]
+    line = [(at, y(float(value))) for at, value in zip(xs, curve.y[first:], strict=True)]
     if len(line) > 1:
         canvas.path(line, "faint" if thin else "line", "" if thin else style.dash)
     canvas.end_clip()
