@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from e88.ops import cpu_kernels as kernels
-from e88.ops.cpu_simd import HALF, LANES
+from e88.ops.cpu_simd import HALF, LANES, ROWS
 
 _pools: dict[int, ThreadPoolExecutor] = {}
 
@@ -28,13 +28,17 @@ class Plan(NamedTuple):
     ends: np.ndarray
     groups: np.ndarray
     slots: np.ndarray
-    checkpoints: int
     blocks: int
+    checkpoints: int
+    arguments: tuple[int, ...]
 
 
 @lru_cache(maxsize=256)
 def plan(lengths: tuple[int, ...], H: int, V: int) -> Plan:
-    """Group the heads of sequences of these lengths. `checkpoints` counts saved blocks of K vectors."""
+    """Group the heads of sequences of these lengths.
+
+    `checkpoints` counts saved blocks of K vectors; `arguments` is the plan as kernels take it.
+    """
     N = len(lengths)
     ends = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
     halves = -(-V // HALF)
@@ -48,26 +52,33 @@ def plan(lengths: tuple[int, ...], H: int, V: int) -> Plan:
     blocks = (halves * groups.shape[1] + 1) // 2
     steps = np.asarray(lengths, dtype=np.int64)[groups[:, 0] // H]
     slots = np.concatenate(([0], np.cumsum(-(-steps // kernels.SEGMENT))))
-    return Plan(ends, groups.astype(np.int64), slots[:-1], int(slots[-1]) * blocks, blocks)
+    groups, count, slots = groups.astype(np.int64), int(slots[-1]) * blocks, slots[:-1]
+    arguments = (*(x.ctypes.data for x in (ends, groups, slots)), *groups.shape, blocks)
+    return Plan(ends, groups, slots, blocks, count, arguments)
 
 
 def _launch(kernel: Callable[..., None], tasks: int, size: int, arguments: Sequence[Any]) -> None:
     """Run a kernel's tasks on torch's number of threads, each with `size` floats of scratch."""
     workers = max(1, min(torch.get_num_threads(), tasks))
-    scratch = torch.empty(workers, size).numpy()
+    scratch = torch.empty(workers * size)
     if workers not in _pools:
         _pools[workers] = ThreadPoolExecutor(workers, thread_name_prefix="e88")
-    others = [_pools[workers].submit(kernel, *arguments, scratch, w, workers) for w in range(1, workers)]
-    kernel(*arguments, scratch, 0, workers)
+    arguments = (*arguments, scratch.data_ptr())
+    others = [_pools[workers].submit(kernel, *arguments, w, workers) for w in range(1, workers)]
+    kernel(*arguments, 0, workers)
     for other in others:
         other.result()
 
 
-_NOTHING = np.empty(0, dtype=np.float32)
+def _plain(tensor: Tensor, padding: tuple[int, ...] = ()) -> Tensor:
+    """Contiguous float32, zero-padded as `torch.nn.functional.pad` would."""
+    if any(padding):
+        tensor = torch.nn.functional.pad(tensor, padding)
+    return tensor.float().contiguous()
 
 
-def _flat(tensor: Tensor | None) -> np.ndarray:
-    return _NOTHING if tensor is None else tensor.detach().float().contiguous().view(-1).numpy()
+def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:
+    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
 
 
 class _Recurrence(torch.autograd.Function):
@@ -88,39 +99,50 @@ class _Recurrence(torch.autograd.Function):
         save: bool,
     ) -> tuple[Tensor, Tensor]:
         H, K, V = v.shape[2], k.shape[3], v.shape[3]
-        ends, groups, slots, checkpoints, blocks = plan(lengths, H, V)
+        extra = -K % ROWS
+        work = plan(lengths, H, V)
+        inputs = [_plain(q, (0, extra)), _plain(k, (0, extra)), _plain(v), _plain(g).exp()]
+        gate = None if beta is None else _plain(beta)
+        initial = None if initial_state is None else _plain(initial_state, (0, 0, 0, extra))
         y = torch.empty(v.shape, dtype=torch.float32)
-        final_state = torch.empty(len(lengths), H, K, V, dtype=torch.float32)
-        saved = torch.empty(checkpoints * K * LANES if save else 0, dtype=torch.float32)
-        decay = g.float().exp()
-        inputs = [_flat(x) for x in (q, k, v, decay, beta, initial_state)]
-        outputs = [_flat(x) for x in (y, final_state, saved)]
-        arguments = (*inputs, ends, groups, slots, H, K, V, nonlinear, *outputs)
-        _launch(kernels.forward, len(groups) * blocks, kernels.forward_size(K), arguments)
-        ctx.save_for_backward(q, k, v, g, beta, decay, saved)
+        final_state = torch.empty(len(lengths), H, K + extra, V, dtype=torch.float32)
+        saved = torch.empty(work.checkpoints * (K + extra) * LANES, dtype=torch.float32) if save else None
+        tensors = _addresses(*inputs, gate, initial, y, final_state, saved)
+        arguments = (*tensors, *work.arguments, H, K + extra, V, nonlinear)
+        _launch(kernels.forward, len(work.groups) * work.blocks, kernels.forward_size(K + extra), arguments)
+        ctx.save_for_backward(q, k, v, g, beta, saved)
         ctx.lengths, ctx.nonlinear = lengths, nonlinear
         ctx.initial_dtype = None if initial_state is None else initial_state.dtype
-        return y.to(v.dtype), final_state
+        return y.to(v.dtype), final_state[:, :, :K] if extra else final_state
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, g, beta, decay, saved = ctx.saved_tensors
+        q, k, v, g, beta, saved = ctx.saved_tensors
         H, K, V = v.shape[2], k.shape[3], v.shape[3]
-        ends, groups, slots, _, _ = plan(ctx.lengths, H, V)
-        # Sums over a head's blocks of columns start at zero, and the rest is written once.
-        dq, dk, dg = (torch.zeros(x.shape, dtype=torch.float32) for x in (q, k, g))
-        d_beta = None if beta is None else torch.zeros(beta.shape, dtype=torch.float32)
-        dv = torch.empty(v.shape, dtype=torch.float32)
-        d_initial = torch.empty(d_final.shape, dtype=torch.float32)
-        inputs = [_flat(x) for x in (q, k, v, decay, beta)]
-        outputs = [_flat(x) for x in (saved, dy, d_final, dq, dk, dv, dg, d_beta, d_initial)]
-        arguments = (*inputs, ends, groups, slots, H, K, V, ctx.nonlinear, *outputs)
-        _launch(kernels.backward, len(groups), kernels.backward_size(K), arguments)
-        grads = [dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dg.mul_(decay).to(g.dtype)]
-        d_gate = None if beta is None or d_beta is None else d_beta.to(beta.dtype)
-        d_state = None if ctx.initial_dtype is None else d_initial.to(ctx.initial_dtype)
-        return *grads, d_gate, d_state, None, None, None
+        extra = -K % ROWS
+        work = plan(ctx.lengths, H, V)
+        inputs = [_plain(q, (0, extra)), _plain(k, (0, extra)), _plain(v), _plain(g).exp()]
+        gate = None if beta is None else _plain(beta)
+        cotangents = [_plain(dy), _plain(d_final, (0, 0, 0, extra))]
+        dq, dk, dv, dg, d_initial = (torch.empty_like(x) for x in (*inputs, cotangents[1]))
+        d_gate = None if gate is None else torch.empty_like(gate)
+        tensors = _addresses(*inputs, gate, saved, *cotangents, dq, dk, dv, dg, d_gate, d_initial)
+        arguments = (*tensors, *work.arguments, H, K + extra, V, ctx.nonlinear)
+        _launch(kernels.backward, len(work.groups), kernels.backward_size(K + extra), arguments)
+        if extra:
+            dq, dk, d_initial = dq[..., :K], dk[..., :K], d_initial[:, :, :K]
+        return (
+            dq.to(q.dtype),
+            dk.to(k.dtype),
+            dv.to(v.dtype),
+            dg.mul_(inputs[3]).to(g.dtype),
+            None if d_gate is None else d_gate.to(beta.dtype),
+            None if ctx.initial_dtype is None else d_initial.to(ctx.initial_dtype),
+            None,
+            None,
+            None,
+        )
 
 
 # Numba cannot be traced: under torch.compile the call is left as it is.

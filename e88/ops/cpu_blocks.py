@@ -12,21 +12,21 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from e88.ops.cpu_simd import HALF, LANES, add_high_sums, add_low_sums, add_sums, copy_half, load, pair, splat, store
+from e88.ops.cpu_simd import HALF, LANES, advance, copy_half, load, pair, splat, store, sum_rows
 
 _ZERO = np.float32(0.0)
 
 
 @njit
-def place(group: Any, half: int, ends: Any, H: int, V: int) -> tuple[int, int, int, int, int]:
-    """Head row, sequence, first token-head, first column and width of half number `half` of a group."""
+def place(groups: Any, group: int, size: int, half: int, ends: Any, H: int, V: int) -> tuple[int, int, int, int, int]:
+    """Head, sequence, first token-head, first column and width of half number `half` of a group."""
     per_head = (V + HALF - 1) // HALF
     which = half // per_head
     # A half beyond the group's last column repeats the first one with no width, so that nothing is written.
-    beyond = which >= group.shape[0] or group[which] < 0
+    beyond = which >= size or groups[group * size + which] < 0
     if beyond:
         which = 0
-    head = group[which]
+    head = groups[group * size + which]
     n = head // H
     column = 0 if beyond else (half % per_head) * HALF
     width = 0 if beyond else min(HALF, V - column)
@@ -64,77 +64,51 @@ def copy(target: Any, to: int, source: Any, start: int, rows: int) -> None:
 
 
 @njit
-def gather_state(rows: Any, source: Any, first0: int, first1: int, K: int, V: int, width0: int, width1: int) -> None:
-    """Copy a block's columns of two states, or zeros where there is no `source`."""
-    if source.size:
-        gather(rows, 0, K, source, first0, V, width0)
-        gather(rows, HALF, K, source, first1, V, width1)
-    else:
-        for i in range(K):
-            store(rows, i * LANES, splat(_ZERO))
+def clear(rows: Any, count: int) -> None:
+    for i in range(count):
+        store(rows, i * LANES, splat(_ZERO))
 
 
 @njit
-def blocks_of(groups: Any, V: int) -> int:
-    """Blocks in a group: enough halves for the columns of its one or two heads."""
-    halves = (V + HALF - 1) // HALF * groups.shape[1]
-    return (halves + 1) // 2
-
-
-@njit
-def read(rows: Any, at: int, K: int, k: Any, k0: int, k1: int) -> Any:
+def read(rows: Any, K: int, k: Any, k0: int, k1: int) -> Any:
+    """state^T key for each half's key."""
     total = splat(_ZERO)
     for i in range(K):
-        total = total + pair(k, k0 + i, k1 + i) * load(rows, at + i * LANES)
+        total = total + pair(k, k0 + i, k1 + i) * load(rows, i * LANES)
     return total
 
 
 @njit
-def add_key_sums(
-    rows: Any, K: int, target: Any, first0: int, first1: int, together: bool, width1: int, sums: Any
-) -> None:
-    """Add the sums over lanes of K rows to target[first0 : first0 + K], or each half to its own head."""
-    for i in range(0, K, HALF):
-        if together:
-            _add_half(rows, i, K, target, first0, 2, sums)
+def _add_sums(rows: Any, count: int, target: Any, first: int, stride: int, keep: bool, sums: Any) -> None:
+    for i in range(0, count, HALF):
+        if stride == 1 and i + HALF <= count:
+            sum_rows(target, first + i, rows, i * HALF, keep)
         else:
-            _add_half(rows, i, K, target, first0, 0, sums)
-            if width1 > 0:
-                _add_half(rows, i, K, target, first1, 1, sums)
+            sum_rows(sums, 0, rows, i * HALF, False)
+            for j in range(min(HALF, count - i)):
+                at = first + (i + j) * stride
+                target[at] = sums[j] + (target[at] if keep else _ZERO)
 
 
 @njit
-def _add_half(rows: Any, i: int, K: int, target: Any, first: int, half: int, sums: Any) -> None:
-    whole = i + HALF <= K
-    to, out = (first + i, target) if whole else (0, sums)
-    if not whole:
-        for j in range(HALF):
-            sums[j] = _ZERO
-    if half == 2:
-        add_sums(out, to, rows, i * LANES)
-    elif half == 1:
-        add_high_sums(out, to, rows, i * LANES)
-    else:
-        add_low_sums(out, to, rows, i * LANES)
-    if not whole:
-        for j in range(K - i):
-            target[first + i + j] += sums[j]
-
-
-@njit
-def add_gate_sums(
-    rows: Any, count: int, target: Any, first0: int, first1: int, H: int, together: bool, width1: int, sums: Any
+def add_sums(
+    rows: Any,
+    size: int,
+    count: int,
+    target: Any,
+    first0: int,
+    first1: int,
+    stride: int,
+    together: bool,
+    width1: int,
+    keep0: bool,
+    keep1: bool,
+    sums: Any,
 ) -> None:
-    """Add the sums over lanes of `count` rows, one a step, to the steps of one head or of each half's head."""
-    for half in range(1 if together or width1 == 0 else 2):
-        first = first1 if half else first0
-        for j in range(HALF):
-            sums[j] = _ZERO
-        if together:
-            add_sums(sums, 0, rows, 0)
-        elif half:
-            add_high_sums(sums, 0, rows, 0)
-        else:
-            add_low_sums(sums, 0, rows, 0)
-        for c in range(count):
-            target[first + c * H] += sums[c]
+    """Sum `count` rows of each half, as `store_halves` left them `size` apart, into the halves' heads.
+
+    The sum of row i goes to target[first + i * stride], or is added to what is there if `keep`.
+    """
+    _add_sums(rows, count, target, first0, stride, keep0, sums)
+    if width1 > 0 and not together:
+        _add_sums(advance(rows, size), count, target, first1, stride, keep1, sums)

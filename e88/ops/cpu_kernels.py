@@ -1,8 +1,9 @@
 """The recurrence on the CPU, forward and backward, over blocks of state columns (see `cpu_blocks`).
 
 Columns depend on one another only through the sums over a row that make dq, dk, dg and dbeta, so the sums of the
-forward pass live in registers. Arrays are flat float32. `slots` counts the segments before each group: where, times
-the blocks of a group, its checkpoints begin.
+forward pass live in registers. Tensors are contiguous float32 and come as addresses, 0 for one that is absent. K is
+a multiple of ROWS. `slots` counts the segments before each group: where, times the blocks of a group, its
+checkpoints begin.
 """
 
 from __future__ import annotations
@@ -12,57 +13,78 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from e88.ops.cpu_blocks import add_gate_sums, add_key_sums, blocks_of, copy, gather, gather_state, place, read, scatter
-from e88.ops.cpu_simd import HALF, LANES, load, pair, splat, store, tanh
+from e88.ops.cpu_blocks import add_sums, clear, copy, gather, place, read, scatter
+from e88.ops.cpu_simd import (
+    HALF,
+    LANES,
+    ROWS,
+    advance,
+    floats_at,
+    fold,
+    integers_at,
+    load,
+    load_tile,
+    pair,
+    pairs,
+    splat,
+    spread,
+    store,
+    store_halves,
+    store_tile,
+)
+from e88.ops.cpu_tanh import SCALE, tanh, tanh_and_slope
 
 # Steps between two saved states.
 SEGMENT = 16
-_ROWS = SEGMENT * LANES
+_STEPS = SEGMENT * LANES
 _ZERO = np.float32(0.0)
 _ONE = np.float32(1.0)
 
 
-@njit
+@njit(forceinline=True)
 def _recur(
     state: Any, k: Any, k0: int, k1: int, step: int, K: int, d: Any, write: Any, nonlinear: bool, q: Any
 ) -> tuple[Any, Any]:
     """One step in place: the output, and what the next key (`step` further on) reads from the new state."""
-    output = splat(_ZERO)
-    r = splat(_ZERO)
-    for i in range(K):
-        x = d * load(state, i * LANES) + pair(k, k0 + i, k1 + i) * write
+    output = spread(splat(_ZERO))
+    r = output
+    gain = splat(SCALE if nonlinear else _ONE)
+    decay, delta = spread(d * gain), spread(write * gain)
+    for i in range(0, K, ROWS):
+        x = decay * load_tile(state, i * LANES) + pairs(k, k0 + i, k1 + i) * delta
         if nonlinear:
-            x, _ = tanh(x)
-        store(state, i * LANES, x)
-        output = output + pair(q, k0 + i, k1 + i) * x
-        r = r + pair(k, k0 + step + i, k1 + step + i) * x
-    return output, r
+            x = tanh(x)
+        store_tile(state, i * LANES, x)
+        output = output + pairs(q, k0 + i, k1 + i) * x
+        r = r + pairs(k, k0 + step + i, k1 + step + i) * x
+    return fold(output), fold(r)
 
 
-@njit
+@njit(forceinline=True)
 def _replay(
-    states: Any, at: int, slopes: Any, k: Any, k0: int, k1: int, step: int, K: int, d: Any, write: Any, nonlinear: bool
+    state: Any, slopes: Any, k: Any, k0: int, k1: int, step: int, K: int, d: Any, write: Any, nonlinear: bool
 ) -> Any:
-    """One step that keeps the new state and the activation's slope; what the next key reads."""
-    r = splat(_ZERO)
+    """One step that leaves the new state and the activation's slope after the old ones; what the next key reads."""
+    r = spread(splat(_ZERO))
     size = K * LANES
-    for i in range(K):
-        x = d * load(states, at + i * LANES) + pair(k, k0 + i, k1 + i) * write
-        slope = splat(_ONE)
+    gain = splat(SCALE if nonlinear else _ONE)
+    decay, delta = spread(d * gain), spread(write * gain)
+    for i in range(0, K, ROWS):
+        x = decay * load_tile(state, i * LANES) + pairs(k, k0 + i, k1 + i) * delta
+        slope = spread(splat(_ONE))
         if nonlinear:
-            x, slope = tanh(x)
-        store(states, at + size + i * LANES, x)
-        store(slopes, at + size + i * LANES, slope)
-        r = r + pair(k, k0 + step + i, k1 + step + i) * x
-    return r
+            x, slope = tanh_and_slope(x)
+        store_tile(state, size + i * LANES, x)
+        store_tile(slopes, size + i * LANES, slope)
+        r = r + pairs(k, k0 + step + i, k1 + step + i) * x
+    return fold(r)
 
 
-@njit
+@njit(forceinline=True)
 def _step_back(
     Z: Any,
-    states: Any,
+    state: Any,
     slopes: Any,
-    at: int,
     k: Any,
     q: Any,
     k0: int,
@@ -75,55 +97,58 @@ def _step_back(
     dy: Any,
     k_rows: Any,
     q_rows: Any,
+    high: int,
+    together: bool,
 ) -> tuple[Any, Any]:
     """From the gradient Z of step t's preactivation to that of step t - 1, in place.
 
-    `at` is the place of S_{t-1} and of its slope; dy and `step` belong to step t - 1. Leaves in `k_rows` and
-    `q_rows` the terms whose sums over lanes are dk_t and dq_{t-1}; returns Z_{t-1}^T k_{t-1} and the sum of
-    Z_t * S_{t-1} over rows.
+    `state` and `slopes`, `dy` and `step` belong to step t - 1. Leaves in `k_rows` and `q_rows` the terms whose sums
+    over columns are dk_t and dq_{t-1}; returns Z_{t-1}^T k_{t-1} and the sum of Z_t * S_{t-1} over rows.
     """
     w = splat(_ZERO)
     overlap = splat(_ZERO)
     for i in range(K):
         z = load(Z, i * LANES)
-        s = load(states, at + i * LANES)
+        s = load(state, i * LANES)
         overlap = overlap + z * s
-        store(k_rows, i * LANES, z * write - s * d_delta)
-        store(q_rows, i * LANES, s * dy)
+        store_halves(k_rows, i * HALF, high + i * HALF, z * write - s * d_delta, together)
+        store_halves(q_rows, i * HALF, high + i * HALF, s * dy, together)
         z = d * z - pair(k, k0 + i, k1 + i) * d_delta + pair(q, k0 - step + i, k1 - step + i) * dy
-        z = z * load(slopes, at + i * LANES)
+        z = z * load(slopes, i * LANES)
         w = w + pair(k, k0 - step + i, k1 - step + i) * z
         store(Z, i * LANES, z)
     return w, overlap
 
 
 @njit
-def _enter(Z: Any, slopes: Any, at: int, k: Any, k0: int, k1: int, K: int) -> Any:
+def _enter(Z: Any, slopes: Any, k: Any, k0: int, k1: int, K: int) -> Any:
     """Turn the gradient of a segment's last state into that of its preactivation, in place; Z^T k."""
     w = splat(_ZERO)
     for i in range(K):
-        z = load(Z, i * LANES) * load(slopes, at + i * LANES)
+        z = load(Z, i * LANES) * load(slopes, i * LANES)
         w = w + pair(k, k0 + i, k1 + i) * z
         store(Z, i * LANES, z)
     return w
 
 
 @njit
-def _add_output(Z: Any, states: Any, at: int, q: Any, k0: int, k1: int, K: int, dy: Any, q_rows: Any) -> None:
-    """Add q dy^T to the gradient of the state at `at`, and leave in `q_rows` the terms of dq."""
+def _add_output(
+    Z: Any, state: Any, q: Any, k0: int, k1: int, K: int, dy: Any, q_rows: Any, high: int, together: bool
+) -> None:
+    """Add q dy^T to the gradient of a state, and leave in `q_rows` the terms of dq."""
     for i in range(K):
-        store(q_rows, i * LANES, load(states, at + i * LANES) * dy)
+        store_halves(q_rows, i * HALF, high + i * HALF, load(state, i * LANES) * dy, together)
         store(Z, i * LANES, load(Z, i * LANES) + pair(q, k0 + i, k1 + i) * dy)
 
 
 def forward_size(K: int) -> int:
     """Floats of scratch that a worker of `forward` needs."""
-    return K * LANES + 2 * _ROWS
+    return K * LANES + 2 * _STEPS
 
 
 def backward_size(K: int) -> int:
     """Floats of scratch that a worker of `backward` needs."""
-    return (2 * (SEGMENT + 1) + 1) * K * LANES + 2 * (K + HALF) * LANES + 5 * _ROWS + LANES + HALF
+    return (2 * (SEGMENT + 1) + 1) * K * LANES + 2 * (K + HALF) * LANES + 5 * _STEPS + LANES + HALF
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -134,46 +159,65 @@ def forward(
     decay: Any,
     beta: Any,
     initial: Any,
+    y: Any,
+    final: Any,
+    checkpoints: Any,
     ends: Any,
     groups: Any,
     slots: Any,
+    group_count: int,
+    group_size: int,
+    blocks: int,
     H: int,
     K: int,
     V: int,
     nonlinear: bool,
-    y: Any,
-    final: Any,
-    checkpoints: Any,
     scratch: Any,
     worker: int,
     workers: int,
 ) -> None:
-    """Every `workers`-th block from block `worker` on. `beta`, `initial` and `checkpoints` may be empty."""
+    """Every `workers`-th block from block `worker` on."""
+    gated, given, saving = beta != 0, initial != 0, checkpoints != 0
+    q, k, v, decay, beta, initial = (
+        floats_at(q),
+        floats_at(k),
+        floats_at(v),
+        floats_at(decay),
+        floats_at(beta),
+        floats_at(initial),
+    )
+    y, final, checkpoints, scratch = floats_at(y), floats_at(final), floats_at(checkpoints), floats_at(scratch)
+    ends, groups, slots = integers_at(ends), integers_at(groups), integers_at(slots)
     size = K * LANES
-    state = scratch[worker, :size]
-    v_rows = scratch[worker, size : size + _ROWS]
-    y_rows = scratch[worker, size + _ROWS : size + 2 * _ROWS]
-    blocks = blocks_of(groups, V)
-    for unit in range(worker, groups.shape[0] * blocks, workers):
+    state = advance(scratch, worker * (size + 2 * _STEPS))
+    v_rows = advance(state, size)
+    y_rows = advance(v_rows, _STEPS)
+    for unit in range(worker, group_count * blocks, workers):
         group, block = unit // blocks, unit % blocks
-        head0, n, token0, column0, width0 = place(groups[group], 2 * block, ends, H, V)
-        head1, n, token1, column1, width1 = place(groups[group], 2 * block + 1, ends, H, V)
+        head0, n, token0, column0, width0 = place(groups, group, group_size, 2 * block, ends, H, V)
+        head1, n, token1, column1, width1 = place(groups, group, group_size, 2 * block + 1, ends, H, V)
+        if width0 == 0:
+            continue
         T = ends[n + 1] - ends[n]
-        gather_state(state, initial, head0 * K * V + column0, head1 * K * V + column1, K, V, width0, width1)
+        if given:
+            gather(state, 0, K, initial, head0 * K * V + column0, V, width0)
+            gather(state, HALF, K, initial, head1 * K * V + column1, V, width1)
+        else:
+            clear(state, K)
         slot = (slots[group] * blocks + block * ((T + SEGMENT - 1) // SEGMENT)) * size
         r = splat(_ZERO)
         if T > 0:
-            r = read(state, 0, K, k, token0 * K, token1 * K)
+            r = read(state, K, k, token0 * K, token1 * K)
         for start in range(0, T, SEGMENT):
             count = min(SEGMENT, T - start)
-            if checkpoints.size:
+            if saving:
                 copy(checkpoints, slot + start // SEGMENT * size, state, 0, K)
             t0, t1 = token0 + start * H, token1 + start * H
             gather(v_rows, 0, count, v, t0 * V + column0, H * V, width0)
             gather(v_rows, HALF, count, v, t1 * V + column1, H * V, width1)
             for c in range(count):
                 write = load(v_rows, c * LANES) - r
-                if beta.size:
+                if gated:
                     write = write * pair(beta, t0 + c * H, t1 + c * H)
                 d = pair(decay, t0 + c * H, t1 + c * H)
                 k0, k1 = (t0 + c * H) * K, (t1 + c * H) * K
@@ -193,13 +237,6 @@ def backward(
     v: Any,
     decay: Any,
     beta: Any,
-    ends: Any,
-    groups: Any,
-    slots: Any,
-    H: int,
-    K: int,
-    V: int,
-    nonlinear: bool,
     checkpoints: Any,
     dy: Any,
     d_final: Any,
@@ -209,48 +246,61 @@ def backward(
     d_decay: Any,
     d_beta: Any,
     d_initial: Any,
+    ends: Any,
+    groups: Any,
+    slots: Any,
+    group_count: int,
+    group_size: int,
+    blocks: int,
+    H: int,
+    K: int,
+    V: int,
+    nonlinear: bool,
     scratch: Any,
     worker: int,
     workers: int,
 ) -> None:
-    """Every `workers`-th group from group `worker` on. dq, dk, d_decay and d_beta are added to."""
+    """Every `workers`-th group from group `worker` on."""
+    gated = beta != 0
+    q, k, v, decay, beta = floats_at(q), floats_at(k), floats_at(v), floats_at(decay), floats_at(beta)
+    checkpoints, dy, d_final = floats_at(checkpoints), floats_at(dy), floats_at(d_final)
+    dq, dk, dv, d_decay = floats_at(dq), floats_at(dk), floats_at(dv), floats_at(d_decay)
+    d_beta, d_initial, scratch = floats_at(d_beta), floats_at(d_initial), floats_at(scratch)
+    ends, groups, slots = integers_at(ends), integers_at(groups), integers_at(slots)
+
     size = K * LANES
-    rows = (K + HALF - 1) // HALF * HALF * LANES
-    at = 0
-    states = scratch[worker, at : at + (SEGMENT + 1) * size]
-    at += states.size
-    slopes = scratch[worker, at : at + (SEGMENT + 1) * size]
-    at += slopes.size
-    Z = scratch[worker, at : at + size]
-    at += size
-    k_rows = scratch[worker, at : at + rows]
-    at += rows
-    q_rows = scratch[worker, at : at + rows]
-    at += rows
-    dy_rows = scratch[worker, at : at + _ROWS + LANES]
-    at += _ROWS + LANES
-    e_rows = scratch[worker, at : at + _ROWS]
-    at += _ROWS
-    dv_rows = scratch[worker, at : at + _ROWS]
-    at += _ROWS
-    decay_rows = scratch[worker, at : at + _ROWS]
-    at += _ROWS
-    beta_rows = scratch[worker, at : at + _ROWS]
-    at += _ROWS
-    sums = scratch[worker, at : at + HALF]
+    # Where the upper half's rows start: sums are taken over HALF rows at a time.
+    high = (K + HALF - 1) // HALF * HALF * HALF
+    high_step = SEGMENT * HALF
+    per_worker = (2 * (SEGMENT + 1) + 1) * size + 2 * (K + HALF) * LANES + 5 * _STEPS + LANES + HALF
+    states = advance(scratch, worker * per_worker)
+    slopes = advance(states, (SEGMENT + 1) * size)
+    Z = advance(slopes, (SEGMENT + 1) * size)
+    k_rows = advance(Z, size)
+    q_rows = advance(k_rows, 2 * high)
+    dy_rows = advance(q_rows, 2 * high)
+    e_rows = advance(dy_rows, _STEPS + LANES)
+    dv_rows = advance(e_rows, _STEPS)
+    decay_rows = advance(dv_rows, _STEPS)
+    beta_rows = advance(decay_rows, _STEPS)
+    sums = advance(beta_rows, _STEPS)
 
     for i in range(K):
         store(slopes, i * LANES, splat(_ONE))
-    blocks = blocks_of(groups, V)
-    for unit in range(worker * blocks, groups.shape[0] * blocks):
+    for unit in range(worker * blocks, group_count * blocks):
         group, block = unit // blocks, unit % blocks
         if group % workers != worker:
             continue
-        head0, n, token0, column0, width0 = place(groups[group], 2 * block, ends, H, V)
-        head1, n, token1, column1, width1 = place(groups[group], 2 * block + 1, ends, H, V)
+        head0, n, token0, column0, width0 = place(groups, group, group_size, 2 * block, ends, H, V)
+        head1, n, token1, column1, width1 = place(groups, group, group_size, 2 * block + 1, ends, H, V)
+        if width0 == 0:
+            continue
         together = head0 == head1 and width1 > 0
+        # A head's first block writes its sums, and the others add to them.
+        keep0, keep1 = column0 > 0, column1 > 0
         T = ends[n + 1] - ends[n]
-        gather_state(Z, d_final, head0 * K * V + column0, head1 * K * V + column1, K, V, width0, width1)
+        gather(Z, 0, K, d_final, head0 * K * V + column0, V, width0)
+        gather(Z, HALF, K, d_final, head1 * K * V + column1, V, width1)
         segments = (T + SEGMENT - 1) // SEGMENT
         slot = (slots[group] * blocks + block * segments) * size
         for segment in range(segments - 1, -1, -1):
@@ -268,28 +318,29 @@ def backward(
                 gather(dy_rows, 0, 1, dy, (t0 - H) * V + column0, H * V, width0)
                 gather(dy_rows, HALF, 1, dy, (t1 - H) * V + column1, H * V, width1)
 
-            r = read(states, 0, K, k, t0 * K, t1 * K)
+            r = read(states, K, k, t0 * K, t1 * K)
             for c in range(count):
                 e = load(e_rows, c * LANES) - r
                 store(e_rows, c * LANES, e)
-                if beta.size:
+                if gated:
                     e = e * pair(beta, t0 + c * H, t1 + c * H)
                 d = pair(decay, t0 + c * H, t1 + c * H)
                 k0, k1 = (t0 + c * H) * K, (t1 + c * H) * K
                 step = H * K if start + c + 1 < T else 0
-                r = _replay(states, c * size, slopes, k, k0, k1, step, K, d, e, nonlinear)
+                r = _replay(advance(states, c * size), advance(slopes, c * size), k, k0, k1, step, K, d, e, nonlinear)
 
             k0, k1 = (t0 + (count - 1) * H) * K, (t1 + (count - 1) * H) * K
             if segment == segments - 1:
-                _add_output(Z, states, count * size, q, k0, k1, K, load(dy_rows, count * LANES), q_rows)
-                add_key_sums(q_rows, K, dq, k0, k1, together, width1, sums)
-            w = _enter(Z, slopes, count * size, k, k0, k1, K)
+                last = load(dy_rows, count * LANES)
+                _add_output(Z, advance(states, count * size), q, k0, k1, K, last, q_rows, high, together)
+                add_sums(q_rows, high, K, dq, k0, k1, 1, together, width1, keep0, keep1, sums)
+            w = _enter(Z, advance(slopes, count * size), k, k0, k1, K)
             for c in range(count - 1, -1, -1):
                 e = load(e_rows, c * LANES)
                 write = e
                 d_delta = w
-                store(beta_rows, c * LANES, w * e)
-                if beta.size:
+                store_halves(beta_rows, c * HALF, high_step + c * HALF, w * e, together)
+                if gated:
                     b = pair(beta, t0 + c * H, t1 + c * H)
                     write = b * e
                     d_delta = b * w
@@ -298,18 +349,25 @@ def backward(
                 k0, k1 = (t0 + c * H) * K, (t1 + c * H) * K
                 step = H * K if start + c > 0 else 0
                 output = load(dy_rows, c * LANES)
-                w, overlap = _step_back(
-                    Z, states, slopes, c * size, k, q, k0, k1, step, K, d, write, d_delta, output, k_rows, q_rows
-                )
-                store(decay_rows, c * LANES, overlap)
-                add_key_sums(k_rows, K, dk, k0, k1, together, width1, sums)
+                state, slope = advance(states, c * size), advance(slopes, c * size)
+                # The same code twice, for constants: with one head its keys are read once and halves add up.
+                if together:
+                    w, overlap = _step_back(
+                        Z, state, slope, k, q, k0, k0, step, K, d, write, d_delta, output, k_rows, q_rows, 0, True
+                    )
+                else:
+                    w, overlap = _step_back(
+                        Z, state, slope, k, q, k0, k1, step, K, d, write, d_delta, output, k_rows, q_rows, high, False
+                    )
+                store_halves(decay_rows, c * HALF, high_step + c * HALF, overlap, together)
+                add_sums(k_rows, high, K, dk, k0, k1, 1, together, width1, keep0, keep1, sums)
                 if step > 0:
-                    add_key_sums(q_rows, K, dq, k0 - step, k1 - step, together, width1, sums)
+                    add_sums(q_rows, high, K, dq, k0 - step, k1 - step, 1, together, width1, keep0, keep1, sums)
 
             scatter(dv_rows, 0, count, dv, t0 * V + column0, H * V, width0)
             scatter(dv_rows, HALF, count, dv, t1 * V + column1, H * V, width1)
-            add_gate_sums(decay_rows, count, d_decay, t0, t1, H, together, width1, sums)
-            if beta.size:
-                add_gate_sums(beta_rows, count, d_beta, t0, t1, H, together, width1, sums)
+            add_sums(decay_rows, high_step, count, d_decay, t0, t1, H, together, width1, keep0, keep1, sums)
+            if gated:
+                add_sums(beta_rows, high_step, count, d_beta, t0, t1, H, together, width1, keep0, keep1, sums)
         scatter(Z, 0, K, d_initial, head0 * K * V + column0, V, width0)
         scatter(Z, HALF, K, d_initial, head1 * K * V + column1, V, width1)

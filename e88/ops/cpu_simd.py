@@ -1,231 +1,232 @@
-"""Vectors of float32 for numba: a type that LLVM maps onto whatever SIMD registers the machine has.
+"""SIMD vectors for numba: values of many float32 that LLVM maps onto the machine's registers.
 
-Numba leaves vectorisation to a heuristic that fails on short loops with several sums. Here a vector is a value of
-its own, so that a kernel's sums stay in registers. LLVM splits a vector wider than a register, on any target.
+Numba leaves vectorisation to a heuristic that fails on short loops with several sums, and passes an array as seven
+words with a reference count. Here vectors and bare pointers are types of their own, so that sums stay in registers.
+
+A `vector` is LANES columns of one row of the state, in two halves. A `tile` is ROWS rows of it, adjacent in memory:
+independent work for a processor that would wait on the long chain of arithmetic in tanh.
 """
 
 from __future__ import annotations
 
 import operator
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import extending, njit, types
+from llvmlite import binding, ir
+from numba import types
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
 from numba.extending import lower_builtin, models, register_model
 
-# Lanes of a vector: two blocks of state columns, which may belong to two heads.
 HALF = 16
 LANES = 2 * HALF
-
-# Numba's own annotation has the signature of the typing function, not that of the call.
-intrinsic: Any = extending.intrinsic
+# A tile of two rows occupies a quarter of 32 wide registers, but all of 16 narrow ones.
+ROWS = 2 if binding.get_host_cpu_features().get("avx512f") else 1
 
 _FLOAT = ir.FloatType()
 _INT = ir.IntType(32)
-_WIDE = ir.VectorType(_FLOAT, LANES)
-_NARROW = ir.VectorType(_FLOAT, HALF)
 # Fused multiply-add and reciprocals are welcome. Reordering is not: tanh near 0 depends on the order.
 _FLAGS = ("contract", "arcp", "nsz")
 
 
-class Vector(types.Type):
-    """A value of LANES float32."""
-
-    def __init__(self) -> None:
-        super().__init__(name=f"float32x{LANES}")
-
-
-vector = Vector()
+class _Vector(types.Type):
+    def __init__(self, lanes: int) -> None:
+        self.lanes = lanes
+        super().__init__(name=f"float32x{lanes}")
 
 
-@register_model(Vector)
+@register_model(_Vector)
 class _VectorModel(models.PrimitiveModel):
-    def __init__(self, manager: Any, fe_type: Vector) -> None:
-        super().__init__(manager, fe_type, _WIDE)
+    def __init__(self, manager: Any, fe_type: _Vector) -> None:
+        super().__init__(manager, fe_type, ir.VectorType(_FLOAT, fe_type.lanes))
 
 
-def _operator(function: Any, instruction: str) -> None:
-    @infer_global(function)
-    class _Typing(ConcreteTemplate):
-        cases = [signature(vector, vector, vector)]
-
-    @lower_builtin(function, vector, vector)
-    def _lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return getattr(builder, instruction)(*args, flags=_FLAGS)
+vector = _Vector(LANES)
+tile = _Vector(ROWS * LANES)
+floats = types.CPointer(types.float32)
+integers = types.CPointer(types.int64)
 
 
-_operator(operator.add, "fadd")
-_operator(operator.sub, "fsub")
-_operator(operator.mul, "fmul")
-_operator(operator.truediv, "fdiv")
+def _define(result: Any, *parameters: Any, name: Any = None) -> Callable[[Any], Any]:
+    """Make a function that emits instructions callable from kernels, without its first argument, the builder."""
+
+    def register(emit: Any) -> Any:
+        key = name or emit
+        if key is emit:
+            # Numba looks the name up in its module, where a decorator has yet to put it.
+            setattr(sys.modules[emit.__module__], emit.__name__, emit)
+
+        @infer_global(key)
+        class _Typing(ConcreteTemplate):
+            cases = [signature(result, *parameters)]
+
+        @lower_builtin(key, *parameters)
+        def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            value = emit(builder, *args)
+            if isinstance(value, tuple):
+                return context.make_tuple(builder, sig.return_type, value)
+            return context.get_dummy_value() if value is None else value
+
+        return key
+
+    return register
 
 
-def _constant(value: float | int, element: Any = _FLOAT) -> Any:
-    return ir.Constant(ir.VectorType(element, LANES), [value] * LANES)
+def _constant(value: float, like: Any, element: Any = _FLOAT) -> Any:
+    kind = ir.VectorType(element, like.type.count)
+    return ir.Constant(kind, [float(np.float32(value)) if element is _FLOAT else value] * kind.count)
 
 
 def _splat(builder: Any, value: Any, lanes: int) -> Any:
     undefined = ir.Constant(ir.VectorType(_FLOAT, lanes), ir.Undefined)
     first = builder.insert_element(undefined, value, ir.Constant(_INT, 0))
-    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_INT, lanes), [0] * lanes))
+    return _shuffle(builder, first, undefined, [0] * lanes)
 
 
 def _shuffle(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_INT, len(lanes)), lanes))
 
 
-def _pointer(context: Any, builder: Any, kind: Any, array_type: Any, array: Any, index: Any) -> Any:
-    data = context.make_array(array_type)(context, builder, array).data
-    return builder.bitcast(builder.gep(data, [index]), kind.as_pointer())
+def _part(builder: Any, value: Any, index: int, lanes: int) -> Any:
+    return _shuffle(builder, value, value, list(range(index * lanes, (index + 1) * lanes)))
 
 
-@intrinsic
-def load(typing: Any, array: Any, index: Any) -> Any:
-    """The LANES numbers of a 1-D array from `index` on."""
-
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.load(_pointer(context, builder, _WIDE, sig.args[0], *args), align=4)
-
-    return vector(array, types.intp), lower
+def _concatenate(builder: Any, parts: list[Any]) -> Any:
+    while len(parts) > 1:
+        lanes = list(range(2 * parts[0].type.count))
+        parts = [_shuffle(builder, a, b, lanes) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
 
 
-@intrinsic
-def store(typing: Any, array: Any, index: Any, value: Any) -> Any:
-    """Write a vector to a 1-D array from `index` on."""
-
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        builder.store(args[2], _pointer(context, builder, _WIDE, sig.args[0], *args[:2]), align=4)
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, vector), lower
+def _add(builder: Any, a: Any, b: Any) -> Any:
+    return builder.fadd(a, b, flags=_FLAGS)
 
 
-@intrinsic
-def pair(typing: Any, array: Any, low: Any, high: Any) -> Any:
-    """A vector whose lower half repeats array[low] and whose upper half repeats array[high]."""
-
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        pointers = (_pointer(context, builder, _FLOAT, sig.args[0], args[0], i) for i in args[1:])
-        low, high = (_splat(builder, builder.load(pointer, align=4), HALF) for pointer in pointers)
-        return _shuffle(builder, low, high, list(range(LANES)))
-
-    return vector(array, types.intp, types.intp), lower
+def _sub(builder: Any, a: Any, b: Any) -> Any:
+    return builder.fsub(a, b, flags=_FLAGS)
 
 
-@intrinsic
-def copy_half(typing: Any, target: Any, to: Any, source: Any, start: Any) -> Any:
-    """Copy HALF numbers from one 1-D array to another."""
-
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        value = builder.load(_pointer(context, builder, _NARROW, sig.args[2], *args[2:]), align=4)
-        builder.store(value, _pointer(context, builder, _NARROW, sig.args[0], *args[:2]), align=4)
-        return context.get_dummy_value()
-
-    return types.void(target, types.intp, source, types.intp), lower
+def _mul(builder: Any, a: Any, b: Any) -> Any:
+    return builder.fmul(a, b, flags=_FLAGS)
 
 
-@intrinsic
-def splat(typing: Any, value: Any) -> Any:
-    """A vector that repeats one float32."""
-
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return _splat(builder, args[0], LANES)
-
-    return vector(types.float32), lower
+for _kind in {vector, tile}:
+    _define(_kind, _kind, _kind, name=operator.add)(_add)
+    _define(_kind, _kind, _kind, name=operator.sub)(_sub)
+    _define(_kind, _kind, _kind, name=operator.mul)(_mul)
 
 
-@intrinsic
-def _scaled_magnitude(typing: Any, x: Any) -> Any:
-    """max(-2 log2(e) |x|, -127), with NaN kept."""
-
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        bits = builder.bitcast(args[0], ir.VectorType(_INT, LANES))
-        magnitude = builder.bitcast(builder.and_(bits, _constant(0x7FFFFFFF, _INT)), _WIDE)
-        scaled = builder.fmul(magnitude, _constant(float(np.float32(-2 / np.log(2)))))
-        low = _constant(-127.0)
-        return builder.select(builder.fcmp_ordered("<", scaled, low), low, scaled)
-
-    return vector(vector), lower
+def _at(builder: Any, pointer: Any, index: Any, lanes: int) -> Any:
+    return builder.bitcast(builder.gep(pointer, [index]), ir.VectorType(_FLOAT, lanes).as_pointer())
 
 
-@intrinsic
-def _round(typing: Any, x: Any) -> Any:
-    """x plus a constant that leaves the nearest integer, plus 127, in the low bits."""
-
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.fadd(args[0], _constant(_MAGIC))
-
-    return vector(vector), lower
+def _load(builder: Any, pointer: Any, index: Any, lanes: int) -> Any:
+    return builder.load(_at(builder, pointer, index, lanes), align=4)
 
 
-@intrinsic
-def _unround(typing: Any, x: Any) -> Any:
-    """The integer that `_round` left, as a float."""
-
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.fsub(args[0], _constant(_MAGIC))
-
-    return vector(vector), lower
+def _store(builder: Any, pointer: Any, index: Any, value: Any) -> None:
+    builder.store(value, _at(builder, pointer, index, value.type.count), align=4)
 
 
-@intrinsic
-def _power_of_two(typing: Any, x: Any) -> Any:
-    """2 to the integer that `_round` left."""
-
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        bits = builder.bitcast(args[0], ir.VectorType(_INT, LANES))
-        return builder.bitcast(builder.shl(bits, _constant(23, _INT)), _WIDE)
-
-    return vector(vector), lower
+@_define(floats, types.int64)
+def floats_at(builder: Any, address: Any) -> Any:
+    """The pointer to float32 at an address."""
+    return builder.inttoptr(address, _FLOAT.as_pointer())
 
 
-@intrinsic
-def _copy_sign(typing: Any, magnitude: Any, sign: Any) -> Any:
-    """A magnitude that is not negative, with the sign of another number."""
-
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        magnitude, sign = (builder.bitcast(x, ir.VectorType(_INT, LANES)) for x in args)
-        sign = builder.and_(sign, _constant(-0x80000000, _INT))
-        return builder.bitcast(builder.or_(magnitude, sign), _WIDE)
-
-    return vector(vector, vector), lower
+@_define(integers, types.int64)
+def integers_at(builder: Any, address: Any) -> Any:
+    """The pointer to int64 at an address."""
+    return builder.inttoptr(address, ir.IntType(64).as_pointer())
 
 
-# 1.5 * 2^23 + 127: adding it rounds to an integer, and the low bits become a float's exponent field.
-_MAGIC = 12582912.0 + 127.0
-_ONE = np.float32(1.0)
-_TWO = np.float32(2.0)
-# (2^r - 1) / r for |r| <= 1/2 to 1e-8 relative, fitted by iteratively reweighted least squares.
-_P0, _P1, _P2, _P3, _P4, _P5 = (
-    np.float32(c)
-    for c in (0.69314718822, 0.24022649823, 0.055503574337, 0.0096182374938, 0.0013390735567, 0.00015403512634)
-)
+@_define(floats, floats, types.intp)
+def advance(builder: Any, pointer: Any, count: Any) -> Any:
+    """The pointer `count` numbers further on."""
+    return builder.gep(pointer, [count])
 
 
-@njit
-def tanh(x: Any) -> Any:
-    """tanh(x) and its derivative 1 - tanh(x)^2, each to a few 1e-7 relative, wherever they are not subnormal.
+@_define(vector, floats, types.intp)
+def load(builder: Any, pointer: Any, index: Any) -> Any:
+    """The vector at pointer[index]."""
+    return _load(builder, pointer, index, LANES)
 
-    With a = exp(-2|x|) = 2^n (1 + p), |tanh| = (1 - a) / (1 + a) and the derivative is 4a / (1 + a)^2. The first is
-    exact near 0 through p; the second stays accurate in saturation, where 1 - tanh^2 would cancel.
-    """
-    y = _scaled_magnitude(x)
-    shifted = _round(y)
-    r = y - _unround(shifted)
-    scale = _power_of_two(shifted)
-    p = splat(_P4) + r * splat(_P5)
-    p = splat(_P3) + r * p
-    p = splat(_P2) + r * p
-    p = splat(_P1) + r * p
-    p = splat(_P0) + r * p
-    p = r * p
-    numerator = (splat(_ONE) - scale) - scale * p
-    a = scale + scale * p
-    inverse = splat(_ONE) / (splat(_ONE) + a)
-    twice = inverse + inverse
-    return _copy_sign(numerator * inverse, x), (a * twice) * twice
+
+@_define(types.void, floats, types.intp, vector)
+def store(builder: Any, pointer: Any, index: Any, value: Any) -> None:
+    """Write a vector to pointer[index]."""
+    _store(builder, pointer, index, value)
+
+
+@_define(tile, floats, types.intp)
+def load_tile(builder: Any, pointer: Any, index: Any) -> Any:
+    """The tile at pointer[index]."""
+    return _load(builder, pointer, index, ROWS * LANES)
+
+
+@_define(types.void, floats, types.intp, tile)
+def store_tile(builder: Any, pointer: Any, index: Any, value: Any) -> None:
+    """Write a tile to pointer[index]."""
+    _store(builder, pointer, index, value)
+
+
+@_define(types.void, floats, types.intp, floats, types.intp)
+def copy_half(builder: Any, target: Any, to: Any, source: Any, start: Any) -> None:
+    """Copy HALF numbers."""
+    _store(builder, target, to, _load(builder, source, start, HALF))
+
+
+@_define(types.void, floats, types.intp, types.intp, vector, types.boolean)
+def store_halves(builder: Any, pointer: Any, low: Any, high: Any, value: Any, together: Any) -> None:
+    """Write the halves of a vector to pointer[low] and pointer[high], or their sum to pointer[low]."""
+    halves = [_part(builder, value, i, HALF) for i in range(2)]
+    with builder.if_else(together) as (then, otherwise):
+        with then:
+            _store(builder, pointer, low, _add(builder, *halves))
+        with otherwise:
+            _store(builder, pointer, low, halves[0])
+            _store(builder, pointer, high, halves[1])
+
+
+@_define(vector, types.float32)
+def splat(builder: Any, value: Any) -> Any:
+    """A vector that repeats one number."""
+    return _splat(builder, value, LANES)
+
+
+def _pair(builder: Any, pointer: Any, low: Any, high: Any) -> Any:
+    halves = [builder.load(builder.gep(pointer, [index]), align=4) for index in (low, high)]
+    return _concatenate(builder, [_splat(builder, half, HALF) for half in halves])
+
+
+@_define(vector, floats, types.intp, types.intp)
+def pair(builder: Any, pointer: Any, low: Any, high: Any) -> Any:
+    """A vector whose halves repeat pointer[low] and pointer[high]."""
+    return _pair(builder, pointer, low, high)
+
+
+@_define(tile, floats, types.intp, types.intp)
+def pairs(builder: Any, pointer: Any, low: Any, high: Any) -> Any:
+    """A tile of the pairs of pointer[low + row] and pointer[high + row]."""
+    places = [[builder.add(i, ir.Constant(i.type, row)) for i in (low, high)] for row in range(ROWS)]
+    return _concatenate(builder, [_pair(builder, pointer, *place) for place in places])
+
+
+@_define(tile, vector)
+def spread(builder: Any, value: Any) -> Any:
+    """A tile that repeats one vector."""
+    return _concatenate(builder, [value] * ROWS)
+
+
+@_define(vector, tile)
+def fold(builder: Any, value: Any) -> Any:
+    """The sum of a tile's rows."""
+    parts = [_part(builder, value, row, LANES) for row in range(ROWS)]
+    while len(parts) > 1:
+        parts = [_add(builder, a, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
 
 
 # Adding a pair of vectors and interleaving the sums, four times, turns 16 rows into the vector of their sums. Each
@@ -238,39 +239,18 @@ _LEVELS = (
 )
 
 
-def _row_sums(builder: Any, rows: list[Any]) -> Any:
+@_define(types.void, floats, types.intp, floats, types.intp, types.boolean)
+def sum_rows(builder: Any, target: Any, to: Any, source: Any, start: Any, keep: Any) -> None:
+    """Write to target[to] the sums of HALF rows of HALF numbers, added to what is there if `keep`."""
+    places = [builder.add(start, ir.Constant(start.type, row * HALF)) for row in range(HALF)]
+    rows = [_load(builder, source, place, HALF) for place in places]
     for lanes, distance in _LEVELS:
         other = [lane + distance for lane in lanes]
-        rows = [
-            builder.fadd(_shuffle(builder, a, b, lanes), _shuffle(builder, a, b, other), flags=_FLAGS)
+        shuffled = [
+            (_shuffle(builder, a, b, lanes), _shuffle(builder, a, b, other))
             for a, b in zip(rows[::2], rows[1::2], strict=True)
         ]
-    return rows[0]
-
-
-def _make_row_sums(low: bool, high: bool) -> Any:
-    @intrinsic
-    def row_sums(typing: Any, target: Any, to: Any, source: Any, start: Any) -> Any:
-        def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            rows = []
-            for row in range(HALF):
-                at = builder.add(args[3], ir.Constant(args[3].type, row * LANES))
-                value = builder.load(_pointer(context, builder, _WIDE, sig.args[2], args[2], at), align=4)
-                low_half = _shuffle(builder, value, value, list(range(HALF)))
-                high_half = _shuffle(builder, value, value, list(range(HALF, LANES)))
-                both = builder.fadd(low_half, high_half, flags=_FLAGS)
-                rows.append(both if low and high else low_half if low else high_half)
-            pointer = _pointer(context, builder, _NARROW, sig.args[0], *args[:2])
-            sums = builder.fadd(_row_sums(builder, rows), builder.load(pointer, align=4), flags=_FLAGS)
-            builder.store(sums, pointer, align=4)
-            return context.get_dummy_value()
-
-        return types.void(target, types.intp, source, types.intp), lower
-
-    return row_sums
-
-
-# Add to target[to : to + HALF] the sums of HALF rows of `source`, over one half of the lanes or over all.
-add_low_sums = _make_row_sums(True, False)
-add_high_sums = _make_row_sums(False, True)
-add_sums = _make_row_sums(True, True)
+        rows = [_add(builder, a, b) for a, b in shuffled]
+    before = _load(builder, target, to, HALF)
+    kept = builder.select(keep, before, _constant(0.0, before))
+    _store(builder, target, to, _add(builder, rows[0], kept))
