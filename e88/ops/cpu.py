@@ -6,7 +6,7 @@ Letters as in `e88.ops.contract`. The kernels release the interpreter lock, so w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -57,17 +57,20 @@ def plan(lengths: tuple[int, ...], H: int, V: int) -> Plan:
     return Plan(ends, groups, slots, blocks, count, arguments)
 
 
-def _launch(kernel: Callable[..., None], tasks: int, size: int, arguments: Sequence[Any]) -> None:
-    """Run a kernel's tasks on torch's number of threads, each with `size` floats of scratch."""
+def _launch(kernel: Callable[..., None], tasks: int, size: int, arguments: tuple[Any, ...]) -> None:
+    """Run a kernel on torch's number of threads, each with `size` floats of scratch of its own."""
     workers = max(1, min(torch.get_num_threads(), tasks))
-    scratch = torch.empty(workers * size)
+    counter = torch.zeros(1, dtype=torch.int64)
+    scratch = torch.empty(workers, size)
+    calls = [(*arguments, counter.data_ptr(), part.data_ptr()) for part in scratch]
     if workers not in _pools:
         _pools[workers] = ThreadPoolExecutor(workers, thread_name_prefix="e88")
-    arguments = (*arguments, scratch.data_ptr())
-    others = [_pools[workers].submit(kernel, *arguments, w, workers) for w in range(1, workers)]
-    kernel(*arguments, 0, workers)
+    others = [_pools[workers].submit(kernel, *call) for call in calls[1:]]
+    kernel(*calls[0])
     for other in others:
-        other.result()
+        # By now no task is left, so that a worker that has not begun is not needed.
+        if not other.cancel():
+            other.result()
 
 
 def _plain(tensor: Tensor, padding: tuple[int, ...] = ()) -> Tensor:

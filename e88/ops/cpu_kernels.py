@@ -31,6 +31,7 @@ from e88.ops.cpu_simd import (
     store,
     store_halves,
     store_tile,
+    take,
 )
 from e88.ops.cpu_tanh import SCALE, tanh, tanh_and_slope
 
@@ -172,11 +173,10 @@ def forward(
     K: int,
     V: int,
     nonlinear: bool,
+    counter: Any,
     scratch: Any,
-    worker: int,
-    workers: int,
 ) -> None:
-    """Every `workers`-th block from block `worker` on."""
+    """Blocks, as `counter` hands them out, until there are none left. `scratch` is the worker's own."""
     gated, given, saving = beta != 0, initial != 0, checkpoints != 0
     q, k, v, decay, beta, initial = (
         floats_at(q),
@@ -187,13 +187,16 @@ def forward(
         floats_at(initial),
     )
     y, final, checkpoints, scratch = floats_at(y), floats_at(final), floats_at(checkpoints), floats_at(scratch)
-    ends, groups, slots = integers_at(ends), integers_at(groups), integers_at(slots)
+    ends, groups = integers_at(ends), integers_at(groups)
+    slots, counter = integers_at(slots), integers_at(counter)
     size = K * LANES
-    state = advance(scratch, worker * (size + 2 * _STEPS))
+    state = scratch
     v_rows = advance(state, size)
     y_rows = advance(v_rows, _STEPS)
-    for unit in range(worker, group_count * blocks, workers):
+    unit = take(counter)
+    while unit < group_count * blocks:
         group, block = unit // blocks, unit % blocks
+        unit = take(counter)
         head0, n, token0, column0, width0 = place(groups, group, group_size, 2 * block, ends, H, V)
         head1, n, token1, column1, width1 = place(groups, group, group_size, 2 * block + 1, ends, H, V)
         if width0 == 0:
@@ -256,24 +259,23 @@ def backward(
     K: int,
     V: int,
     nonlinear: bool,
+    counter: Any,
     scratch: Any,
-    worker: int,
-    workers: int,
 ) -> None:
-    """Every `workers`-th group from group `worker` on."""
+    """Groups, as `counter` hands them out, until there are none left. `scratch` is the worker's own."""
     gated = beta != 0
     q, k, v, decay, beta = floats_at(q), floats_at(k), floats_at(v), floats_at(decay), floats_at(beta)
     checkpoints, dy, d_final = floats_at(checkpoints), floats_at(dy), floats_at(d_final)
     dq, dk, dv, d_decay = floats_at(dq), floats_at(dk), floats_at(dv), floats_at(d_decay)
     d_beta, d_initial, scratch = floats_at(d_beta), floats_at(d_initial), floats_at(scratch)
-    ends, groups, slots = integers_at(ends), integers_at(groups), integers_at(slots)
+    ends, groups = integers_at(ends), integers_at(groups)
+    slots, counter = integers_at(slots), integers_at(counter)
 
     size = K * LANES
     # Where the upper half's rows start: sums are taken over HALF rows at a time.
     high = (K + HALF - 1) // HALF * HALF * HALF
     high_step = SEGMENT * HALF
-    per_worker = (2 * (SEGMENT + 1) + 1) * size + 2 * (K + HALF) * LANES + 5 * _STEPS + LANES + HALF
-    states = advance(scratch, worker * per_worker)
+    states = scratch
     slopes = advance(states, (SEGMENT + 1) * size)
     Z = advance(slopes, (SEGMENT + 1) * size)
     k_rows = advance(Z, size)
@@ -287,87 +289,105 @@ def backward(
 
     for i in range(K):
         store(slopes, i * LANES, splat(_ONE))
-    for unit in range(worker * blocks, group_count * blocks):
-        group, block = unit // blocks, unit % blocks
-        if group % workers != worker:
-            continue
-        head0, n, token0, column0, width0 = place(groups, group, group_size, 2 * block, ends, H, V)
-        head1, n, token1, column1, width1 = place(groups, group, group_size, 2 * block + 1, ends, H, V)
-        if width0 == 0:
-            continue
-        together = head0 == head1 and width1 > 0
-        # A head's first block writes its sums, and the others add to them.
-        keep0, keep1 = column0 > 0, column1 > 0
-        T = ends[n + 1] - ends[n]
-        gather(Z, 0, K, d_final, head0 * K * V + column0, V, width0)
-        gather(Z, HALF, K, d_final, head1 * K * V + column1, V, width1)
-        segments = (T + SEGMENT - 1) // SEGMENT
-        slot = (slots[group] * blocks + block * segments) * size
-        for segment in range(segments - 1, -1, -1):
-            start = segment * SEGMENT
-            count = min(SEGMENT, T - start)
-            t0, t1 = token0 + start * H, token1 + start * H
-            copy(states, 0, checkpoints, slot + segment * size, K)
-            gather(e_rows, 0, count, v, t0 * V + column0, H * V, width0)
-            gather(e_rows, HALF, count, v, t1 * V + column1, H * V, width1)
-            gather(dy_rows, LANES, count, dy, t0 * V + column0, H * V, width0)
-            gather(dy_rows, LANES + HALF, count, dy, t1 * V + column1, H * V, width1)
-            if start == 0:
-                store(dy_rows, 0, splat(_ZERO))
-            else:
-                gather(dy_rows, 0, 1, dy, (t0 - H) * V + column0, H * V, width0)
-                gather(dy_rows, HALF, 1, dy, (t1 - H) * V + column1, H * V, width1)
-
-            r = read(states, K, k, t0 * K, t1 * K)
-            for c in range(count):
-                e = load(e_rows, c * LANES) - r
-                store(e_rows, c * LANES, e)
-                if gated:
-                    e = e * pair(beta, t0 + c * H, t1 + c * H)
-                d = pair(decay, t0 + c * H, t1 + c * H)
-                k0, k1 = (t0 + c * H) * K, (t1 + c * H) * K
-                step = H * K if start + c + 1 < T else 0
-                r = _replay(advance(states, c * size), advance(slopes, c * size), k, k0, k1, step, K, d, e, nonlinear)
-
-            k0, k1 = (t0 + (count - 1) * H) * K, (t1 + (count - 1) * H) * K
-            if segment == segments - 1:
-                last = load(dy_rows, count * LANES)
-                _add_output(Z, advance(states, count * size), q, k0, k1, K, last, q_rows, high, together)
-                add_sums(q_rows, high, K, dq, k0, k1, 1, together, width1, keep0, keep1, sums)
-            w = _enter(Z, advance(slopes, count * size), k, k0, k1, K)
-            for c in range(count - 1, -1, -1):
-                e = load(e_rows, c * LANES)
-                write = e
-                d_delta = w
-                store_halves(beta_rows, c * HALF, high_step + c * HALF, w * e, together)
-                if gated:
-                    b = pair(beta, t0 + c * H, t1 + c * H)
-                    write = b * e
-                    d_delta = b * w
-                store(dv_rows, c * LANES, d_delta)
-                d = pair(decay, t0 + c * H, t1 + c * H)
-                k0, k1 = (t0 + c * H) * K, (t1 + c * H) * K
-                step = H * K if start + c > 0 else 0
-                output = load(dy_rows, c * LANES)
-                state, slope = advance(states, c * size), advance(slopes, c * size)
-                # The same code twice, for constants: with one head its keys are read once and halves add up.
-                if together:
-                    w, overlap = _step_back(
-                        Z, state, slope, k, q, k0, k0, step, K, d, write, d_delta, output, k_rows, q_rows, 0, True
-                    )
+    group = take(counter)
+    while group < group_count:
+        for block in range(blocks):
+            head0, n, token0, column0, width0 = place(groups, group, group_size, 2 * block, ends, H, V)
+            head1, n, token1, column1, width1 = place(groups, group, group_size, 2 * block + 1, ends, H, V)
+            if width0 == 0:
+                continue
+            together = head0 == head1 and width1 > 0
+            # A head's first block writes its sums, and the others add to them.
+            keep0, keep1 = column0 > 0, column1 > 0
+            T = ends[n + 1] - ends[n]
+            gather(Z, 0, K, d_final, head0 * K * V + column0, V, width0)
+            gather(Z, HALF, K, d_final, head1 * K * V + column1, V, width1)
+            segments = (T + SEGMENT - 1) // SEGMENT
+            slot = (slots[group] * blocks + block * segments) * size
+            for segment in range(segments - 1, -1, -1):
+                start = segment * SEGMENT
+                count = min(SEGMENT, T - start)
+                t0, t1 = token0 + start * H, token1 + start * H
+                copy(states, 0, checkpoints, slot + segment * size, K)
+                gather(e_rows, 0, count, v, t0 * V + column0, H * V, width0)
+                gather(e_rows, HALF, count, v, t1 * V + column1, H * V, width1)
+                gather(dy_rows, LANES, count, dy, t0 * V + column0, H * V, width0)
+                gather(dy_rows, LANES + HALF, count, dy, t1 * V + column1, H * V, width1)
+                if start == 0:
+                    store(dy_rows, 0, splat(_ZERO))
                 else:
-                    w, overlap = _step_back(
-                        Z, state, slope, k, q, k0, k1, step, K, d, write, d_delta, output, k_rows, q_rows, high, False
-                    )
-                store_halves(decay_rows, c * HALF, high_step + c * HALF, overlap, together)
-                add_sums(k_rows, high, K, dk, k0, k1, 1, together, width1, keep0, keep1, sums)
-                if step > 0:
-                    add_sums(q_rows, high, K, dq, k0 - step, k1 - step, 1, together, width1, keep0, keep1, sums)
+                    gather(dy_rows, 0, 1, dy, (t0 - H) * V + column0, H * V, width0)
+                    gather(dy_rows, HALF, 1, dy, (t1 - H) * V + column1, H * V, width1)
 
-            scatter(dv_rows, 0, count, dv, t0 * V + column0, H * V, width0)
-            scatter(dv_rows, HALF, count, dv, t1 * V + column1, H * V, width1)
-            add_sums(decay_rows, high_step, count, d_decay, t0, t1, H, together, width1, keep0, keep1, sums)
-            if gated:
-                add_sums(beta_rows, high_step, count, d_beta, t0, t1, H, together, width1, keep0, keep1, sums)
-        scatter(Z, 0, K, d_initial, head0 * K * V + column0, V, width0)
-        scatter(Z, HALF, K, d_initial, head1 * K * V + column1, V, width1)
+                r = read(states, K, k, t0 * K, t1 * K)
+                for c in range(count):
+                    e = load(e_rows, c * LANES) - r
+                    store(e_rows, c * LANES, e)
+                    if gated:
+                        e = e * pair(beta, t0 + c * H, t1 + c * H)
+                    d = pair(decay, t0 + c * H, t1 + c * H)
+                    k0, k1 = (t0 + c * H) * K, (t1 + c * H) * K
+                    step = H * K if start + c + 1 < T else 0
+                    r = _replay(
+                        advance(states, c * size), advance(slopes, c * size), k, k0, k1, step, K, d, e, nonlinear
+                    )
+
+                k0, k1 = (t0 + (count - 1) * H) * K, (t1 + (count - 1) * H) * K
+                if segment == segments - 1:
+                    last = load(dy_rows, count * LANES)
+                    _add_output(Z, advance(states, count * size), q, k0, k1, K, last, q_rows, high, together)
+                    add_sums(q_rows, high, K, dq, k0, k1, 1, together, width1, keep0, keep1, sums)
+                w = _enter(Z, advance(slopes, count * size), k, k0, k1, K)
+                for c in range(count - 1, -1, -1):
+                    e = load(e_rows, c * LANES)
+                    write = e
+                    d_delta = w
+                    store_halves(beta_rows, c * HALF, high_step + c * HALF, w * e, together)
+                    if gated:
+                        b = pair(beta, t0 + c * H, t1 + c * H)
+                        write = b * e
+                        d_delta = b * w
+                    store(dv_rows, c * LANES, d_delta)
+                    d = pair(decay, t0 + c * H, t1 + c * H)
+                    k0, k1 = (t0 + c * H) * K, (t1 + c * H) * K
+                    step = H * K if start + c > 0 else 0
+                    output = load(dy_rows, c * LANES)
+                    state, slope = advance(states, c * size), advance(slopes, c * size)
+                    # The same code twice, for constants: with one head its keys are read once and halves add up.
+                    if together:
+                        w, overlap = _step_back(
+                            Z, state, slope, k, q, k0, k0, step, K, d, write, d_delta, output, k_rows, q_rows, 0, True
+                        )
+                    else:
+                        w, overlap = _step_back(
+                            Z,
+                            state,
+                            slope,
+                            k,
+                            q,
+                            k0,
+                            k1,
+                            step,
+                            K,
+                            d,
+                            write,
+                            d_delta,
+                            output,
+                            k_rows,
+                            q_rows,
+                            high,
+                            False,
+                        )
+                    store_halves(decay_rows, c * HALF, high_step + c * HALF, overlap, together)
+                    add_sums(k_rows, high, K, dk, k0, k1, 1, together, width1, keep0, keep1, sums)
+                    if step > 0:
+                        add_sums(q_rows, high, K, dq, k0 - step, k1 - step, 1, together, width1, keep0, keep1, sums)
+
+                scatter(dv_rows, 0, count, dv, t0 * V + column0, H * V, width0)
+                scatter(dv_rows, HALF, count, dv, t1 * V + column1, H * V, width1)
+                add_sums(decay_rows, high_step, count, d_decay, t0, t1, H, together, width1, keep0, keep1, sums)
+                if gated:
+                    add_sums(beta_rows, high_step, count, d_beta, t0, t1, H, together, width1, keep0, keep1, sums)
+            scatter(Z, 0, K, d_initial, head0 * K * V + column0, V, width0)
+            scatter(Z, HALF, K, d_initial, head1 * K * V + column1, V, width1)
+        group = take(counter)

@@ -142,6 +142,12 @@ def integers_at(builder: Any, address: Any) -> Any:
     return builder.inttoptr(address, ir.IntType(64).as_pointer())
 
 
+@_define(types.int64, integers)
+def take(builder: Any, counter: Any) -> Any:
+    """Add one to a counter that threads share; what it was before."""
+    return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+
 @_define(floats, floats, types.intp)
 def advance(builder: Any, pointer: Any, count: Any) -> Any:
     """The pointer `count` numbers further on."""
