@@ -7,7 +7,7 @@ DEMO = tiny-e88 tiny-gdn tiny-mamba2 tiny-transformer
 
 .PHONY: demo test lint types install clean
 
-demo: $(VENV)/.report
+demo: $(VENV)/.installed
 	$(BIN)/e88 bench $(DEMO) --seconds 30 --out runs/demo
 
 test: $(VENV)/.dev
@@ -21,12 +21,12 @@ types: $(VENV)/.dev
 
 install: $(VENV)/.dev
 
-$(VENV)/.report: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --editable '.[report]'
+	$(PIP) --editable .
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.report
+$(VENV)/.dev: $(VENV)/.installed
 	$(PIP) --editable '.[dev]'
 	touch $@
 

@@ -88,6 +88,6 @@ def _show(records: list[dict[str, Any]], sources: list[Path], out: Path, as_json
         for record in records:
             print(json.dumps(record))
     else:
-        print(render_terminal(summary_rows(records)))
+        print(render_terminal(summary_rows(records)), end="")
     page = render(sources, out)
     print(f"report: {page}", file=sys.stderr)

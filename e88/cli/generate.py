@@ -28,7 +28,7 @@ def generate(
     as_json: options.Json = False,
 ) -> None:
     """Generate text from a checkpoint, as it comes, with constant memory."""
-    from e88.data.codec import codec_of
+    from e88.data.codec import Codec
     from e88.models.generate import Sampling, stream
     from e88.runtime import choose_device
     from e88.training import checkpoint as files
@@ -36,7 +36,7 @@ def generate(
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     where = choose_device(device)
     model, meta = files.load_model(checkpoint, where)
-    codec = codec_of(meta["data"])
+    codec = Codec.from_dict(meta["tokenizer"])
     # Surrogates stand for bytes of the command line that are not UTF-8.
     text = ("\n" if prompt is None and load_state is None else prompt or "").encode("utf-8", "surrogateescape")
     tokens, state = list(codec.encode(text)), None
@@ -45,15 +45,15 @@ def generate(
         tokens = pending + tokens
     decoder, written = codecs.getincrementaldecoder("utf-8")(errors="replace"), bytearray()
     for last, reached in stream(model, tokens, state=state, sampling=sampling, seed=seed):
-        state, piece = reached, codec.decode([last])
+        piece = codec.decode([last])
         written += piece
         if not as_json:
             sys.stdout.write(decoder.decode(piece))
             sys.stdout.flush()
         if len(written) >= max_bytes:
+            if save_state:
+                files.save_state(save_state, reached, [last], model.config)
             break
-    if save_state:
-        files.save_state(save_state, state, [last], model.config)
     if as_json:
         answer = {"prompt": prompt, "text": written.decode("utf-8", "replace"), "bytes": len(written), "seed": seed}
         print(json.dumps(answer))

@@ -174,6 +174,9 @@ class ModelConfig:
         return build_config(cls, data)
 
 
+_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+
+
 def build_config(cls: type, data: Mapping[str, Any]) -> Any:
     """`cls(**data)` for a dataclass, with one-line errors for unknown, missing and wrongly typed keys."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
@@ -181,7 +184,7 @@ def build_config(cls: type, data: Mapping[str, Any]) -> Any:
         if key not in fields:
             raise unknown_name(f"{cls.__name__} key", key, fields)
         kind = str(fields[key].type)
-        expected = {"int": int, "float": (int, float), "bool": bool, "str": str}.get(kind)
+        expected = _TYPES.get(kind)
         wrong_bool = isinstance(value, bool) and kind in ("int", "float")
         if expected is not None and (not isinstance(value, expected) or wrong_bool):
             raise UserError(f"{cls.__name__} key '{key}' must be of type {kind}, got {value!r}")

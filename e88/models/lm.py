@@ -51,6 +51,9 @@ class Block(nn.Module):
         y, new_state = self.mixer.step(self.norm(h), state)
         return self._mlp(h + y), new_state
 
+    def init_state(self, batch: int, device: torch.device | None) -> State:
+        return self.mixer.init_state(batch, device=device)
+
     def _mlp(self, h: Tensor) -> Tensor:
         if self.mlp is None or self.mlp_norm is None:
             return h
@@ -110,7 +113,7 @@ class LanguageModel(nn.Module):
 
     def init_state(self, batch: int, device: torch.device | None = None) -> LMState:
         """The state before the first token."""
-        return [block.mixer.init_state(batch, device=device) for block in self.blocks]
+        return [block.init_state(batch, device) for block in self.blocks]  # type: ignore[operator]
 
     def prefill(self, tokens: Tensor, state: LMState | None = None) -> tuple[Tensor, LMState]:
         """tokens [B, T] in one parallel pass -> logits of the last [B, N] and the state after it."""
@@ -122,6 +125,6 @@ class LanguageModel(nn.Module):
         h = self.embedding(token)
         states: LMState = []
         for block, block_state in zip(self.blocks, state, strict=True):
-            h, new_state = block.step(h, block_state)
+            h, new_state = block.step(h, block_state)  # type: ignore[operator]
             states.append(new_state)
         return F.linear(self.norm(h), self.embedding.weight), states

@@ -11,8 +11,8 @@ from typing import Any
 
 from e88 import __version__
 from e88.errors import UserError
+from e88.files import write_text
 from e88.report.compare import MISSING, Comparison, Record, comparisons, count, dig, duration, flatten, number
-from e88.report.files import write_text
 from e88.report.headline import headline
 from e88.report.plots import figures
 from e88.report.style import Style, styles

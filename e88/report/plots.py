@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from e88.errors import UserError
+from e88.files import write_text
 from e88.report.compare import Comparison, Record, comparisons
 from e88.report.curves import (
     HELDOUT,
@@ -20,7 +21,6 @@ from e88.report.curves import (
     comparison_curves,
     has_heldout_curves,
 )
-from e88.report.files import write_text
 from e88.report.headline import headline
 from e88.report.points import interval_figure, scatter_figure, throughput_figure
 from e88.report.style import Style, draw_marker, styles

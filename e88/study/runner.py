@@ -18,6 +18,7 @@ from typing import IO, Any, Protocol
 
 from e88.data.corpus import Corpus, open_corpus
 from e88.errors import UserError
+from e88.runtime import choose_device
 from e88.sizing.closed_form import describe
 from e88.study.spec import RunSpec
 from e88.study.store import Store
@@ -77,7 +78,8 @@ def _run(spec: RunSpec, corpus: Corpus, folder: Path, device: str, lock: IO[str]
         finished = _read_record(folder)
         if finished is None:
             size = describe(spec.model, window=spec.training.window)
-            return failed(spec.name, spec.model, spec.training, corpus, size, _reason(folder, code))
+            where = choose_device(device)
+            return failed(spec.name, spec.model, spec.training, corpus, size, where, _reason(folder, code))
     return finished
 
 

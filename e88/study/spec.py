@@ -57,7 +57,6 @@ class RunSpec:
             tokenizer=data.get("tokenizer"),
         )
 
-
     def with_vocabulary(self, size: int) -> RunSpec:
         """The spec for data with `size` token ids: a tokenizer's vocabulary becomes the model's."""
         return replace(self, model=replace(self.model, vocab_size=size)) if self.tokenizer else self

@@ -6,9 +6,8 @@ Tensors are named `model.*`, `optimizer.*`, `rng.*`; everything else is JSON in 
 from __future__ import annotations
 
 import json
-import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from e88.errors import UserError
+from e88.files import write_atomic
 from e88.layers.common import exempt_from_decay
 from e88.models.config import ModelConfig
 from e88.models.lm import LanguageModel, LMState
@@ -25,28 +25,18 @@ from e88.models.lm import LanguageModel, LMState
 FORMAT = 1
 
 
-def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all: `write` fills a temporary file beside it, which is flushed to disk and then
-    renamed over it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"cannot write {path}: {reason}; free space or choose another folder") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
     """Write named tensors and JSON metadata as one safetensors file, with a checksum over the tensors."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = json.dumps({"format": FORMAT, "checksum": _checksum(plain), **meta})
-    write_atomic(path, lambda temporary: save_file(plain, temporary, metadata={"e88": header}))
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(plain, temporary, metadata={"e88": header})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+    write_atomic(path, write)
 
 
 def load_tensors(path: str | Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -81,7 +71,7 @@ def _checksum(tensors: Mapping[str, Tensor]) -> int:
         flat = (
             tensors[name].reshape(-1).view(torch.uint8) if tensors[name].numel() else torch.empty(0, dtype=torch.uint8)
         )
-        value = zlib.crc32(flat.numpy(), zlib.crc32(name.encode(), value))
+        value = zlib.crc32(flat.numpy().data, zlib.crc32(name.encode(), value))
     return value
 
 

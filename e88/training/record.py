@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from e88.data.corpus import Corpus
+from e88.files import write_text
 from e88.models.config import ModelConfig
 from e88.runtime import environment, peak_flops
 from e88.training import steplog
-from e88.training.checkpoint import write_atomic
 from e88.training.config import TrainingConfig
 from e88.training.evaluate import HeldOut
 from e88.training.run import Run
@@ -98,7 +98,13 @@ def finish(run: Run, heldout: HeldOut | None, reason: str | None, peak_memory: i
 
 
 def failed(
-    name: str, model: ModelConfig, config: TrainingConfig, corpus: Corpus, size: Mapping[str, Any], reason: str
+    name: str,
+    model: ModelConfig,
+    config: TrainingConfig,
+    corpus: Corpus,
+    size: Mapping[str, Any],
+    device: torch.device,
+    reason: str,
 ) -> dict[str, Any]:
     """The record of a run that ended without a result, with the reason in one line."""
     return {
@@ -109,11 +115,10 @@ def failed(
         "results": {},
         "curve": [],
         "heldout_curve": [],
-        "environment": environment(torch.device("cpu"), []),
+        "environment": environment(device, []),
     }
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all."""
-    text = json.dumps(value, indent=1) + "\n"
-    write_atomic(path, lambda temporary: temporary.write_text(text))
+    write_text(path, json.dumps(value, indent=1) + "\n")

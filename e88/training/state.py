@@ -74,7 +74,8 @@ def save(run: Run) -> None:
             meta = {
                 "kind": "run", "name": run.name, "model": run.model_config.to_dict(),
                 "training": run.config.to_dict(), "data": run.corpus.describe(), "step": run.step,
-                "tokens": run.tokens, "seconds": run.clock.seconds, "wall": time.perf_counter() - run.wall_start,
+                "tokenizer": run.corpus.codec.to_dict(), "tokens": run.tokens,
+                "seconds": run.clock.seconds, "wall": time.perf_counter() - run.wall_start,
                 "started": run.started, "heldout": run.heldout, "optimizer": optimizer,
             }  # fmt: skip
             save_tensors(run.folder / CHECKPOINT, tensors, meta)

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from e88.files import write_text
+
 CURVE_POINTS = 400
 LAST_STEPS = 100
 
@@ -20,10 +22,7 @@ class StepLog:
     def __init__(self, path: Path, keep_until: int = 0) -> None:
         self.path = path
         self.entries = [e for e in read_entries(path) if e["step"] <= keep_until]
-        text = "".join(json.dumps(entry) + "\n" for entry in self.entries)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(text)
-        os.replace(temporary, path)
+        write_text(path, "".join(json.dumps(entry) + "\n" for entry in self.entries))
         self._file = open(path, "a")
 
     def append(self, entry: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ from safetensors.torch import save_file
 
 from e88.errors import UserError
 from e88.models.lm import LanguageModel
-from e88.training import checkpoint
 from e88.training.checkpoint import flatten, load_model, load_state, load_tensors, save_state, save_tensors, unflatten
 
 CPU = torch.device("cpu")
@@ -29,7 +28,12 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 
 
 def test_tensors_and_metadata_round_trip(tmp_path):
-    tensors = {"a": torch.randn(3, 4), "b": torch.arange(5), "c": torch.randn(2, 3).T.bfloat16(), "empty": torch.empty(0)}
+    tensors = {
+        "a": torch.randn(3, 4),
+        "b": torch.arange(5),
+        "c": torch.randn(2, 3).T.bfloat16(),
+        "empty": torch.empty(0),
+    }
     save_tensors(tmp_path / "c", tensors, {"x": [1, None, "y"]})
     got, meta = load_tensors(tmp_path / "c")
     assert meta["x"] == [1, None, "y"]

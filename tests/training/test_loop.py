@@ -43,7 +43,9 @@ class StopAt:
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(stop=st.integers(1, 7), optimizer=st.sampled_from(["adamw", "schedulefree", "muon"]), parts=st.sampled_from([1, 2]))
+@given(
+    stop=st.integers(1, 7), optimizer=st.sampled_from(["adamw", "schedulefree", "muon"]), parts=st.sampled_from([1, 2])
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(stop, optimizer, parts, corpus, tiny, tmp_path_factory):
     tmp = tmp_path_factory.mktemp("runs")
     c = config(optimizer=optimizer, accumulate=parts)
@@ -120,7 +122,9 @@ def test_a_number_that_is_not_finite_stops_the_run_and_names_the_layer(where, co
         def step(self, entry, used, seconds_left):
             if entry["step"] != 3:
                 return
-            (target,) = (o for o in __import__("gc").get_objects() if type(o).__name__ == "LanguageModel" and o.training)
+            (target,) = (
+                o for o in __import__("gc").get_objects() if type(o).__name__ == "LanguageModel" and o.training
+            )
             if where == "forward":
                 target.blocks[1].mixer.o_proj.weight.data[0, 0] = float("nan")
             else:
@@ -182,7 +186,9 @@ def test_kill_at_any_moment_leaves_a_good_checkpoint(text, tmp_path):
         assert _step(run) > resumed
         resumed = _step(run)
     subprocess.run([*arguments, "--out", str(run)], env=environment, check=True, stdout=subprocess.DEVNULL)
-    subprocess.run([*arguments, "--out", str(tmp_path / "whole")], env=environment, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [*arguments, "--out", str(tmp_path / "whole")], env=environment, check=True, stdout=subprocess.DEVNULL
+    )
     assert losses(run) == losses(tmp_path / "whole")
     assert [e["step"] for e in read_entries(run / "log.jsonl")] == list(range(1, 151))
 

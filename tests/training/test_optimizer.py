@@ -14,7 +14,9 @@ def config(**options):
     return TrainingConfig(**{"budget": Budget(steps=10), **options})
 
 
-@pytest.mark.parametrize("mixer", [E88Config(n_heads=2, n_state=8, conv=4, head_norm=True), Mamba2Config(d_state=8, head_dim=8)])
+@pytest.mark.parametrize(
+    "mixer", [E88Config(n_heads=2, n_state=8, conv=4, head_norm=True), Mamba2Config(d_state=8, head_dim=8)]
+)
 def test_weight_decay_leaves_norms_and_decay_parameters_alone(mixer):
     model = LanguageModel(ModelConfig(dim=16, depth=2, mixer=mixer))
     optimizer = Optimizer(model, config(weight_decay=0.5, lr=0.1, warmup=0.0))
