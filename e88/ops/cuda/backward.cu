@@ -1,5 +1,5 @@
-// The backward pass: gradients of q, k, v, g, beta and the initial state from those of y and the final state.
-// Sizes, letters and the lane layout are those of tile.cuh.
+// The backward pass for 16-bit inputs under tanh: gradients of q, k, v, g, beta and the initial state from those of y and
+// the final state. Sizes, letters and the lane layout are those of tile.cuh.
 //
 // Segments of SEGMENT steps are taken from the last to the first. Each is replayed from its checkpoint, leaving S_t in
 // shared-memory tiles, and then walked back with G, the gradient of S_t, in registers:
@@ -11,25 +11,27 @@
 //
 // S_t serves dq_t and the second half of dk_{t+1} in one product, so dk is finished one step, perhaps one segment, late.
 #include "tile.cuh"
-#include "tile_columns.cuh"
+#include "rows16.cuh"
+#include "tiles16.cuh"
 
-constexpr int WORDS = PRECISE ? 16 : 8;
-
-struct Shared {
-  float k[SEGMENT][K], q[SEGMENT][K], dy[SEGMENT][COLS];
-  // v, and once a step is walked back its gradient.
-  float v[SEGMENT][COLS];
-  float decay[SEGMENT], beta[SEGMENT];
-  // e_t of each column tile as the B operand: bf16 pairs, or floats by column.
-  u32 e[SEGMENT][COLS / 16][WORDS];
-  // [0]: dq of step s. [1]: dk of step s; row SEGMENT is the first step of the segment after this one.
-  float partial[WARPS][SEGMENT + 1][2][K];
-  float dot[BETA ? 2 : 1][SEGMENT][THREADS];
+struct Step {
+  // k_s: fp16, scaled, for the replay; and bf16.
+  u16 k[K], k_plain[K];
+  // bf16 (k_s, q_{s-1}) of row_of(2 * n + g % 2, g / 2) at [g][n].
+  u32 kq[8][K / 8];
+  // Columns: v_s, and once the step is walked back its gradient; e_s and dy_{s-1} as bf16.
+  u32 v[COLS / 16][8], e[COLS / 16][8], dy[COLS / 16][8];
+  float decay, k_inverse, beta, unused;
+  // dq_{s-1} and dk_s from each warp's columns.
+  float partial[WARPS][2][K];
+  // Each lane's share of dg_s / d_s and dbeta_s.
+  float dot[BETA ? 2 : 1][THREADS];
 };
 // The host computes the same sum to launch and to choose sizes.
-static_assert(sizeof(Shared) + (SEGMENT + 1) * TILE_BYTES == SHARED, "plan.py disagrees about shared memory");
-constexpr int KEY_PIECES = (SEGMENT * K / 8 + THREADS - 1) / THREADS;
-constexpr int VALUE_PIECES = (SEGMENT * COLS / 8 + THREADS - 1) / THREADS;
+static_assert(sizeof(Step) * (SEGMENT + 1) + (SEGMENT + 1) * TILE_BYTES == SHARED, "plan.py disagrees");
+constexpr int KEY_TASKS = (SEGMENT * ROW_LANES + THREADS - 1) / THREADS;
+constexpr int VALUE_TASKS = ((SEGMENT + 1) * COLS / 16 + THREADS - 1) / THREADS;
+constexpr int OUTPUTS = (ROW_TILES + 1) / 2;
 
 // Where several blocks share a head, each writes float32 parts of dq, dk, dg and dbeta for the host to add.
 #if COLS >= V
@@ -37,49 +39,46 @@ typedef element summed;
 DEVICE void store_sum(summed* p, const float (&x)[8]) { store_piece(p, x); }
 #else
 typedef float summed;
-DEVICE void store_sum(summed* p, const float (&x)[8]) {
-  *(float4*)p = make_float4(x[0], x[1], x[2], x[3]);
-  *((float4*)p + 1) = make_float4(x[4], x[5], x[6], x[7]);
-}
+DEVICE void store_sum(summed* p, const float (&x)[8]) { store_floats(p, x); }
 #endif
 
-// A power of two that brings the largest of a lane group's values near 1, and its inverse. fp16 tiles need it, because
-// gradients may lie outside fp16's range. Lanes of equal parity share a result.
-DEVICE void scale_for_fp16(float largest, float& scale, float& inverse) {
+DEVICE u32 as_bf16(u32 x) {
+  if (DTYPE == 0) return x;
+  float low, high;
+  unpack_fp16(x, low, high);
+  return pack_bf16(low, high);
+}
+DEVICE uint4 as_bf16(uint4 x) { return make_uint4(as_bf16(x.x), as_bf16(x.y), as_bf16(x.z), as_bf16(x.w)); }
+
+// Rows i to i + 7 of k and q, bf16, to where the lanes that own their products look.
+DEVICE void store_pairs(u32 (&p)[8][K / 8], int i, uint4 k, uint4 q) {
+  const u32 even[4] = {__byte_perm(k.x, q.x, 0x5410), __byte_perm(k.y, q.y, 0x5410), __byte_perm(k.z, q.z, 0x5410),
+                       __byte_perm(k.w, q.w, 0x5410)};
+  const u32 odd[4] = {__byte_perm(k.x, q.x, 0x7632), __byte_perm(k.y, q.y, 0x7632), __byte_perm(k.z, q.z, 0x7632),
+                      __byte_perm(k.w, q.w, 0x7632)};
+  if (i < REST16) {
+    u32* row = &p[i % 32 / 8 * 2][i / 32 * 4];
 #pragma unroll
-  for (int mask = 4; mask < 32; mask *= 2) largest = fmaxf(largest, __shfl_xor_sync(ALL, largest, mask));
-  u32 exponent = __float_as_uint(largest) & 0x7f800000u;
+    for (int n = 0; n < 4; n++) row[n] = even[n], row[n + K / 8] = odd[n];
+    return;
+  }
+#pragma unroll
+  for (int n = 0; n < 4; n++) {
+    const int row = i + 2 * n, tail = row < REST8 ? (row - REST16) % 4 / 2 : 0;
+    const int t = row < REST8 ? (row - REST16) / 4 : (row - REST8) / 2;
+    const int r = (row < REST8 ? REST16 / 8 : REST8 / 8) + tail;
+    p[2 * t][r] = even[n], p[2 * t + 1][r] = odd[n];
+  }
+}
+
+// A power of two that brings the largest of the even lanes' values near 1, another for the odd lanes, and their inverses.
+// fp16 tiles need it, because gradients may lie outside fp16's range.
+DEVICE void scale_for_fp16(float largest, bool odd, float& scale, float& inverse) {
+  u32 even_bits = __reduce_max_sync(ALL, odd ? 0u : __float_as_uint(largest));
+  u32 odd_bits = __reduce_max_sync(ALL, odd ? __float_as_uint(largest) : 0u);
+  u32 exponent = (odd ? odd_bits : even_bits) & 0x7f800000u;
   inverse = bits_float(exponent);
   scale = bits_float(0x7f000000u - exponent);
-}
-
-// c[u] (rows 16 u + g and + 8 of tile u) += tile^T x for the 16 columns from j0, with x given by columns: even lanes hold
-// one vector, odd lanes the other, and the results are c[..][0], [2] for the first and [1], [3] for the second.
-template <bool STATE>
-DEVICE void dot_columns(float (&c)[ROW_TILES][4], const char* tile, int j0, u32 address, u32 half_address, int lane,
-                        const u32 (&x)[PRECISE ? 2 : 1]) {
-  const int t = lane & 3, odd = lane >> 2 & 1;
-#if PRECISE
-#pragma unroll
-  for (int half = 0; half < 2; half++) {
-    float b0 = bits_float(__shfl_sync(ALL, x[half], 4 * t + odd)), b1 = bits_float(__shfl_sync(ALL, x[half], 16 + 4 * t + odd));
-    const float* row = (const float*)(tile + (j0 + 8 * half + t) * PITCH) + (lane >> 2);
-#pragma unroll
-    for (int u = 0; u < ROW_TILES; u++) {
-      bool full = 16 * u + 8 < K;
-      const float* p = row + 16 * u;
-      mma_float(c[u], p[0], full ? p[8] : 0.f, p[PITCH], full ? p[PITCH + 8] : 0.f, b0, b1);
-    }
-  }
-#else
-  u32 b0 = __shfl_sync(ALL, x[0], 4 * t + odd), b1 = __shfl_sync(ALL, x[0], 16 + 4 * t + odd);
-#pragma unroll
-  for (int u = 0; u < ROW_TILES; u++) {
-    u32 a[4];
-    transposed_tile(a, 16 * u + 8 < K ? address : half_address, u);
-    mma_16bit<STATE && TANH>(c[u], a, b0, b1);
-  }
-#endif
 }
 
 // Sequences, steps and heads are laid out as in forward.cu. dy, dv: [tokens, H, V]; dq, dk: [SPLITS, tokens, H, K];
@@ -87,15 +86,14 @@ DEVICE void dot_columns(float (&c)[ROW_TILES][4], const char* tile, int j0, u32 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 e88_backward(const element* __restrict__ q, const element* __restrict__ k, const element* __restrict__ v,
              const float* __restrict__ g, const float* __restrict__ beta, const i64* __restrict__ ends,
-             const saved* __restrict__ checkpoints, const element* __restrict__ dy, const float* __restrict__ dfinal,
+             const u16* __restrict__ checkpoints, const element* __restrict__ dy, const float* __restrict__ dfinal,
              summed* __restrict__ dq, summed* __restrict__ dk, element* __restrict__ dv, float* __restrict__ dg,
-             float* __restrict__ dbeta, float* __restrict__ dinitial, i64 q_step, i64 k_step, i64 v_step, i64 tokens,
+             float* __restrict__ dbeta, float* __restrict__ dinitial, int q_step, int k_step, int v_step, i64 tokens,
              int T, int H) {
-  extern __shared__ __align__(256) char raw[];
-  char* tiles = raw;
-  Shared& sm = *(Shared*)(raw + (SEGMENT + 1) * TILE_BYTES);
+  extern __shared__ __align__(256) char tiles[];
+  Step* const sm = (Step*)(tiles + (SEGMENT + 1) * TILE_BYTES);
   const int tid = threadIdx.x, lane = tid & 31, group = lane >> 2, t = lane & 3, warp = tid >> 5;
-  const int column = warp * 16 * TILES + group;
+  const int tile0 = warp * TILES, column = 16 * tile0 + group;
   const int split = blockIdx.x % SPLITS, first = split * COLS;
   const int sequence = blockIdx.x / SPLITS / H, head = blockIdx.x / SPLITS % H;
   const i64 begin = ends ? ends[sequence] : (i64)sequence * T;
@@ -115,250 +113,323 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
   if (BETA) dbeta += (split * tokens + begin) * H + head;
   checkpoints += ((begin / SEGMENT + sequence) * H + head) * K * V + (i64)first * K;
 
-  float G[TILES][2][ROWS], S[TILES][2][ROWS];
+  // At the head of every walk G is the whole gradient of the state it starts from, q dy^T included.
+  float G[TILES][2][ROWS], S[TILES][2][ROWS], de[TILES][2];
 #pragma unroll
   for (int m = 0; m < TILES; m++)
 #pragma unroll
-    for (int c = 0; c < 2; c++)
+    for (int c = 0; c < 2; c++) {
+      const int j = column + 16 * m + 8 * c;
+      const bool inside = V % COLS == 0 || first + j < V;
+      float out = 0, unused;
+      if (length && inside) unpack_input(dy[(i64)(length - 1) * (H * V) + j], out, unused);
+      de[m][c] = 0;
 #pragma unroll
       for (int r = 0; r < ROWS; r++) {
-        int j = column + 16 * m + 8 * c;
-        G[m][c][r] = dfinal && first + j < V ? dfinal[state_at + row_of(r, t) * V + j] : 0.f;
+        float query = 0;
+        if (length) unpack_input(q[(i64)(length - 1) * q_step + row_of(r, t)], query, unused);
+        G[m][c][r] = (dfinal && inside ? dfinal[state_at + row_of(r, t) * V + j] : 0.f) + query * out;
       }
+    }
 
   u32 address[TILES], half_address[TILES];
 #pragma unroll
   for (int m = 0; m < TILES; m++) {
-    address[m] = transposed_address(tiles, column - group + 16 * m, lane, false);
-    half_address[m] = transposed_address(tiles, column - group + 16 * m, lane, true);
+    address[m] = (u32)__cvta_generic_to_shared(tiles) + transposed_offset(16 * (tile0 + m), lane, false);
+    half_address[m] = (u32)__cvta_generic_to_shared(tiles) + transposed_offset(16 * (tile0 + m), lane, true);
   }
   // Even lanes deliver dq, odd lanes dk, each for every other row tile.
   const bool odd = t & 1, upper = t & 2;
-  constexpr int OUTPUTS = (ROW_TILES + 1) / 2;
-  float pending[OUTPUTS][2], de[TILES][2];
-#pragma unroll
-  for (int m = 0; m < TILES; m++) de[m][0] = de[m][1] = 0;
+  const u32 only_first = t == 0 ? ALL : 0;
+  float pending[OUTPUTS][2];
 #pragma unroll
   for (int x = 0; x < OUTPUTS; x++) pending[x][0] = pending[x][1] = 0;
 
-  // dq of step s (if s >= 0) and dk of step s + 1, from tile S_{s+1}, its dy, and the de after it.
-  auto finish_keys = [&](int s) {
-    float c[ROW_TILES][4] = {}, scale = 1, inverse = 1;
-    float mine[TILES][2], largest = 0;
-#pragma unroll
-    for (int m = 0; m < TILES; m++)
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        mine[m][h] = odd ? -de[m][h] : s >= 0 ? sm.dy[s][column + 16 * m + 8 * h] : 0.f;
-        largest = fmaxf(largest, fabsf(mine[m][h]));
-      }
-    if (TANH && !PRECISE) scale_for_fp16(largest, scale, inverse);
+  // dq of step s and dk of step s + 1: S_{s+1} times dy_s and times the de after it, and dP_{s+1} e_{s+1}, which is in
+  // `pending` for the last step of a segment. There the tile read for it holds numbers of no use, times zero.
+  auto finish_keys = [&](int s, bool last) {
+    const Step& after = sm[s + 1];
+    float c[ROW_TILES][4] = {}, written[ROW_TILES][4] = {}, mine[TILES][2], largest = 0, scale, inverse;
 #pragma unroll
     for (int m = 0; m < TILES; m++) {
-#if PRECISE
-      u32 x[2] = {__float_as_uint(mine[m][0]), __float_as_uint(mine[m][1])};
-#else
-      u32 x[1] = {pack_state(mine[m][0] * scale, mine[m][1] * scale)};
-#endif
-      // The B operand wants the even vector in even columns: lanes choose the source lane, not the value.
-      dot_columns<true>(c, tiles + (s + 1) * TILE_BYTES, column - group + 16 * m, address[m] + (s + 1) * TILE_BYTES,
-                        half_address[m] + (s + 1) * TILE_BYTES, lane, x);
+      unpack_bf16(after.dy[tile0 + m][group], mine[m][0], mine[m][1]);
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        mine[m][h] = odd ? -de[m][h] : mine[m][h];
+        largest = fmaxf(largest, fabsf(mine[m][h]));
+      }
     }
-    float* out = sm.partial[warp][odd ? s + 1 : s < 0 ? 0 : s][odd] + 16 * upper + group;
+    scale_for_fp16(largest, odd, scale, inverse);
+    const int S_tile = (s + 1) * TILE_BYTES, dP_tile = last ? S_tile : S_tile + TILE_BYTES;
+#pragma unroll
+    for (int m = 0; m < TILES; m++) {
+      u32 x = pack_fp16(mine[m][0] * scale, mine[m][1] * scale);
+      u32 b0 = __shfl_sync(ALL, x, 4 * t + (group & 1)), b1 = __shfl_sync(ALL, x, 16 + 4 * t + (group & 1));
+      dot_columns<true>(c, address[m] + S_tile, half_address[m] + S_tile, b0, b1);
+      const u32 e0 = after.e[tile0 + m][t], e1 = after.e[tile0 + m][4 + t];
+      dot_columns<false>(written, address[m] + dP_tile, half_address[m] + dP_tile, last ? 0 : e0, last ? 0 : e1);
+    }
+    const float gate = !odd || last ? 0.f : BETA ? after.beta : 1.f;
+    // A lane's outputs are 16 * (2 * x + upper) + 8 * h + g.
+    float* out = sm[s + 1].partial[warp][odd] + 16 * upper + group;
 #pragma unroll
     for (int x = 0; x < OUTPUTS; x++)
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         const int u = 2 * x, w = 2 * x + 1 < ROW_TILES ? 2 * x + 1 : 2 * x;
-        float low = odd ? c[u][2 * h + 1] : c[u][2 * h], high = odd ? c[w][2 * h + 1] : c[w][2 * h];
-        float value = (upper ? high : low) * inverse + pending[x][h];
-        if ((odd || s >= 0) && 32 * x + 16 * upper + 8 * h < K) out[32 * x + 8 * h] = value;
+        const float from_u = odd ? c[u][2 * h + 1] : c[u][2 * h], from_w = odd ? c[w][2 * h + 1] : c[w][2 * h];
+        float value = (upper ? from_w : from_u) * inverse + gate * (upper ? written[w][2 * h] : written[u][2 * h]);
+        value += pending[x][h];
+        pending[x][h] = 0;
+        if (K % 32 == 0 || 32 * x + 16 * upper + 8 * h < K) out[32 * x + 8 * h] = value;
       }
   };
 
+  // What the next segment needs is loaded while this one is written out. Keys go to the first warps, columns to the last.
   const int segments = (length + SEGMENT - 1) / SEGMENT;
+  uint4 next_key[KEY_TASKS], next_query[KEY_TASKS];
+  Columns next_v[VALUE_TASKS], next_dy[VALUE_TASKS];
+  u32 next_state[TILES][2][ROWS / 2];
+  float next_decay = 0, next_beta = 0;
+  auto fetch = [&](int segment) {
+    const int s0 = segment * SEGMENT, steps = min(SEGMENT, length - s0);
+#pragma unroll
+    for (int n = 0; n < KEY_TASKS; n++) {
+      const int x = tid + n * THREADS, s = x / ROW_LANES, i = x % ROW_LANES * 8;
+      const bool inside = x < SEGMENT * ROW_LANES && i < K && s < steps;
+      next_key[n] = load_8(k + (i64)(s0 + s) * k_step + i, inside);
+      next_query[n] = load_8(q + (i64)(s0 + s - 1) * q_step + i, inside && s0 + s > 0);
+    }
+#pragma unroll
+    for (int n = 0; n < VALUE_TASKS; n++) {
+      const int x = THREADS - 1 - tid + n * THREADS, s = x / (COLS / 16), j = x % (COLS / 16) * 16;
+      const bool low = V % COLS == 0 || first + j < V, high = V % COLS == 0 || first + j + 8 < V;
+      const bool here = s < steps, before = s <= steps && s0 + s > 0;
+      const element *v_at = v + (i64)(s0 + s) * v_step + j, *dy_at = dy + (i64)(s0 + s - 1) * (H * V) + j;
+      next_v[n] = {load_8(v_at, low && here), load_8(v_at + 8, high && here)};
+      next_dy[n] = {load_8(dy_at, low && before), load_8(dy_at + 8, high && before)};
+    }
+    if (tid < steps) {
+      next_decay = g[(i64)(s0 + tid) * H];
+      if (BETA) next_beta = beta[(i64)(s0 + tid) * H];
+    }
+    const u16* state = checkpoints + (i64)segment * (H * K * V);
+#pragma unroll
+    for (int m = 0; m < TILES; m++)
+#pragma unroll
+      for (int c = 0; c < 2; c++) {
+        const int j = column + 16 * m + 8 * c;
+        restore_column(next_state[m][c], state + j * K, t, V % COLS == 0 || first + j < V);
+      }
+  };
+  if (segments) fetch(segments - 1);
 #pragma unroll 1
   for (int segment = segments - 1; segment >= 0; segment--) {
     const int s0 = segment * SEGMENT, steps = min(SEGMENT, length - s0);
-    {
-      Piece x[4];
 #pragma unroll
-      for (int m = 0; m < TILES; m++)
-#pragma unroll
-        for (int c = 0; c < 2; c++) {
-          int j = column + 16 * m + 8 * c;
-          if (V % COLS == 0 || first + j < V) restore_column(S[m][c], checkpoints + (i64)segment * H * K * V + (i64)j * K, t);
-          else
-#pragma unroll
-            for (int r = 0; r < ROWS; r++) S[m][c][r] = 0;
-        }
-#pragma unroll
-      for (int n = 0; n < KEY_PIECES; n++) {
-        int p = tid + n * THREADS, s = p / (K / 8), i = p % (K / 8) * 8;
-        bool inside = s < steps;
-        x[0] = inside ? load_piece(k + (s0 + s) * k_step + i) : zero_piece();
-        x[1] = inside ? load_piece(q + (s0 + s) * q_step + i) : zero_piece();
-        if (SEGMENT * K / 8 % THREADS == 0 || p < SEGMENT * K / 8) {
-          stage_piece(sm.k[0] + 8 * p, x[0]);
-          stage_piece(sm.q[0] + 8 * p, x[1]);
-        }
+    for (int n = 0; n < KEY_TASKS; n++) {
+      const int x = tid + n * THREADS, s = x / ROW_LANES, i = x % ROW_LANES * 8;
+      if ((x & ~31) >= SEGMENT * ROW_LANES) break;
+      uint4 scaled = next_key[n];
+      const float inverse = scale_row(scaled);
+      if (x < SEGMENT * ROW_LANES && i < K) {
+        store_halves(sm[s].k, i, scaled);
+        store_halves(sm[s].k_plain, i, as_bf16(next_key[n]));
+        store_pairs(sm[s].kq, i, as_bf16(next_key[n]), as_bf16(next_query[n]));
+        if (i == 0) sm[s].k_inverse = inverse;
       }
-#pragma unroll
-      for (int n = 0; n < VALUE_PIECES; n++) {
-        int p = tid + n * THREADS, s = p / (COLS / 8), j = p % (COLS / 8) * 8;
-        bool inside = s < steps && (V % COLS == 0 || first + j < V);
-        x[2] = inside ? load_piece(v + (s0 + s) * v_step + j) : zero_piece();
-        x[3] = inside ? load_piece(dy + (i64)(s0 + s) * H * V + j) : zero_piece();
-        if (SEGMENT * COLS / 8 % THREADS == 0 || p < SEGMENT * COLS / 8) {
-          stage_piece(sm.v[0] + 8 * p, x[2]);
-          stage_piece(sm.dy[0] + 8 * p, x[3]);
-        }
-      }
-      if (tid < steps) {
-        sm.decay[tid] = expf(g[(i64)(s0 + tid) * H]);
-        if (BETA) sm.beta[tid] = beta[(i64)(s0 + tid) * H];
-      }
-#pragma unroll
-      for (int m = 0; m < TILES; m++)
-#pragma unroll
-        for (int c = 0; c < 2; c++) store_column(tiles, column + 16 * m + 8 * c, t, S[m][c], pack_state);
     }
+#pragma unroll
+    for (int n = 0; n < VALUE_TASKS; n++) {
+      const int x = THREADS - 1 - tid + n * THREADS, s = x / (COLS / 16), j = x % (COLS / 16);
+      if (x >= (SEGMENT + 1) * COLS / 16) break;
+      store_words(sm[s].v[j], next_v[n]);
+      store_words(sm[s].dy[j], {as_bf16(next_dy[n].low), as_bf16(next_dy[n].high)});
+    }
+    if (tid < SEGMENT) sm[tid].decay = expf(next_decay), sm[tid].beta = next_beta;
+#pragma unroll
+    for (int m = 0; m < TILES; m++)
+#pragma unroll
+      for (int c = 0; c < 2; c++) {
+        store_column(tiles, column + 16 * m + 8 * c, t, next_state[m][c]);
+        unpack_rows(S[m][c], next_state[m][c]);
+      }
     __syncthreads();
 
+    const int odd_group = group & 1;
+    u32 split[SPLIT], pairs[K / 8];
+    float dots[TILES][2];
+    load_split(split, sm[0].k, t, odd_group);
+#pragma unroll
+    for (int m = 0; m < TILES; m++)
+#pragma unroll
+      for (int c = 0; c < 2; c++) dots[m][c] = dot_split<true>(next_state[m][c], split);
 #pragma unroll 1
     for (int s = 0; s < steps; s++) {
-      float x[ROWS];
-      load_rows(x, sm.k[s], t);
-      const float d = sm.decay[s];
+      Step& step = sm[s];
       char* tile = tiles + (s + 1) * TILE_BYTES;
+      load_split(split, sm[s + 1].k, t, odd_group);
+#pragma unroll
+      for (int n = 0; n < K / 8; n++) pairs[n] = step.kq[group][n];
+      const float d = step.decay, inverse = step.k_inverse;
 #pragma unroll
       for (int m = 0; m < TILES; m++) {
-        float dot[4], e[2];
-        dot_rows(dot, S[m], x);
+        float e[2], write[2];
+        unpack_input(step.v[tile0 + m][group], e[0], e[1]);
 #pragma unroll
         for (int c = 0; c < 2; c++) {
-          e[c] = sm.v[s][column + 16 * m + 8 * c] - dot[2 * c];
-          float write = BETA ? sm.beta[s] * e[c] : e[c];
-#pragma unroll
-          for (int r = 0; r < ROWS; r++) S[m][c][r] = activate(d * S[m][c][r] + x[r] * write);
-          store_column(tile, column + 16 * m + 8 * c, t, S[m][c], pack_state);
+          e[c] -= dots[m][c] * inverse;
+          write[c] = BETA ? step.beta * e[c] : e[c];
         }
-        u32* words = sm.e[s][warp * TILES + m];
-        if (t == 0) {
-#if PRECISE
-          words[group] = __float_as_uint(e[0]), words[group + 8] = __float_as_uint(e[1]);
-#else
-          words[group] = pack_bf16(e[0], e[1]);
-#endif
+        const u32 word = pack_bf16(e[0], e[1]);
+        if (t == 0) step.e[tile0 + m][group] = word;
+        // S = d S + k e^T, with e in two bf16 parts; q's terms are zero.
+        u32 part = BETA ? pack_bf16(write[0], write[1]) : word;
+        float low, high;
+        unpack_bf16(part, low, high);
+        const u32 rest = pack_bf16(write[0] - low, write[1] - high);
+        part = t == 0 ? part : t == 1 ? rest : 0;
+#pragma unroll
+        for (int n = 0; n < K / 8; n++) {
+          float c[4] = {d * S[m][0][2 * n], d * S[m][0][2 * n + 1], d * S[m][1][2 * n], d * S[m][1][2 * n + 1]};
+          mma_k8<false>(c, part & 0xffffu, part >> 16, pairs[n]);
+          S[m][0][2 * n] = fast_tanh(c[0]), S[m][0][2 * n + 1] = fast_tanh(c[1]);
+          S[m][1][2 * n] = fast_tanh(c[2]), S[m][1][2 * n + 1] = fast_tanh(c[3]);
+        }
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+          u32 packed[ROWS / 2];
+          pack_rows<true>(packed, S[m][c]);
+          dots[m][c] = dot_split<true>(packed, split);
+          store_column(tile, column + 16 * m + 8 * c, t, packed);
         }
       }
     }
     __syncwarp();
 
+    // Here G is the gradient of S_{s+1} and S is S_{s+1}.
 #pragma unroll 1
     for (int s = steps - 1; s >= 0; s--) {
+      Step& step = sm[s];
       char* tile = tiles + (s + 1) * TILE_BYTES;
-      finish_keys(s);
-      float x[ROWS], y[ROWS], dot = 0, dot_beta = 0;
-      load_rows(x, sm.q[s], t);
-      load_rows(y, sm.k[s], t);
-      const float d = sm.decay[s];
+      const float d = step.decay;
+      float dot[2] = {0, 0}, dot_beta = 0;
+      u32 packed[TILES][2][ROWS / 2];
+      load_split(split, step.k_plain, t, odd_group);
+#pragma unroll
+      for (int m = 0; m < TILES; m++) {
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+#pragma unroll
+          for (int r = 0; r < ROWS; r++) G[m][c][r] *= 1 - S[m][c][r] * S[m][c][r];
+          pack_rows<false>(packed[m][c], G[m][c]);
+          dots[m][c] = dot_split<false>(packed[m][c], split);
+        }
+      }
+      finish_keys(s, s == steps - 1);
       __syncwarp();
+#pragma unroll
+      for (int n = 0; n < K / 8; n++) pairs[n] = step.kq[group][n];
 #pragma unroll
       for (int m = 0; m < TILES; m++) {
         const int j = column + 16 * m;
 #pragma unroll
         for (int c = 0; c < 2; c++) {
-          float dout = sm.dy[s][j + 8 * c];
+          u32 before[ROWS / 2];
+          store_column(tile, j + 8 * c, t, packed[m][c]);
+          load_column(before, tile - TILE_BYTES, j + 8 * c, t);
+          unpack_rows(S[m][c], before);
 #pragma unroll
           for (int r = 0; r < ROWS; r++) {
-            G[m][c][r] += x[r] * dout;
-            if (TANH) G[m][c][r] *= 1 - S[m][c][r] * S[m][c][r];
+            dot[r % 2] += G[m][c][r] * S[m][c][r];
+            G[m][c][r] *= d;
           }
-          store_column(tile, j + 8 * c, t, G[m][c], pack_bf16);
+          de[m][c] = BETA ? step.beta * dots[m][c] : dots[m][c];
         }
-        float du[4];
-        dot_rows(du, G[m], y);
-#pragma unroll
-        for (int c = 0; c < 2; c++) {
-          load_column(S[m][c], tile - TILE_BYTES, j + 8 * c, t);
-          if (BETA) {
-            float low, high;
-            const u32* words = sm.e[s][warp * TILES + m];
-#if PRECISE
-            low = bits_float(words[group]), high = bits_float(words[group + 8]);
-#else
-            unpack_bf16(words[group], low, high);
-#endif
-            if (t == 0) dot_beta += du[2 * c] * (c ? high : low);
-          }
-          de[m][c] = BETA ? sm.beta[s] * du[2 * c] : du[2 * c];
-#pragma unroll
-          for (int r = 0; r < ROWS; r++) {
-            dot += G[m][c][r] * S[m][c][r];
-            G[m][c][r] = d * G[m][c][r] - y[r] * de[m][c];
-          }
+        if (BETA) {
+          float low, high;
+          unpack_bf16(step.e[tile0 + m][group], low, high);
+          if (t == 0) dot_beta += dots[m][0] * low + dots[m][1] * high;
         }
-        if (t == 0) sm.v[s][j] = de[m][0], sm.v[s][j + 8] = de[m][1];
+        // G += (k, q) (-de, dy)^T: of the eight terms of the product two are in use, both in lanes of t = 0.
+        const u32 change = pack_bf16(-de[m][0], -de[m][1]) & only_first, out = step.dy[tile0 + m][group] & only_first;
+        const u32 a0 = __byte_perm(change, out, 0x5410), a1 = __byte_perm(change, out, 0x7632);
+#pragma unroll
+        for (int n = 0; n < K / 8; n++) {
+          float c[4] = {G[m][0][2 * n], G[m][0][2 * n + 1], G[m][1][2 * n], G[m][1][2 * n + 1]};
+          mma_k8<false>(c, a0, a1, pairs[n]);
+          G[m][0][2 * n] = c[0], G[m][0][2 * n + 1] = c[1], G[m][1][2 * n] = c[2], G[m][1][2 * n + 1] = c[3];
+        }
+        const u32 word = pack_output(de[m][0], de[m][1]);
+        if (t == 0) step.v[tile0 + m][group] = word;
       }
-      sm.dot[0][s][tid] = dot;
-      if (BETA) sm.dot[1][s][tid] = dot_beta;
+      step.dot[0][tid] = dot[0] + dot[1];
+      if (BETA) step.dot[BETA][tid] = dot_beta;
       __syncwarp();
-      float c[ROW_TILES][4] = {};
-#pragma unroll
-      for (int m = 0; m < TILES; m++) {
-        const u32* words = sm.e[s][warp * TILES + m];
-#if PRECISE
-        u32 e[2] = {words[group], words[group + 8]};
-#else
-        u32 e[1] = {words[group]};
-#endif
-        dot_columns<false>(c, tile, column - group + 16 * m, address[m] + (s + 1) * TILE_BYTES,
-                           half_address[m] + (s + 1) * TILE_BYTES, lane, e);
-      }
-      const float gate = !odd ? 0.f : BETA ? sm.beta[s] : 1.f;
-#pragma unroll
-      for (int o = 0; o < OUTPUTS; o++)
-#pragma unroll
-        for (int h = 0; h < 2; h++)
-          pending[o][h] = gate * (upper ? c[2 * o + 1 < ROW_TILES ? 2 * o + 1 : 2 * o][2 * h] : c[2 * o][2 * h]);
     }
-    if (segment == 0) finish_keys(-1);
+    {
+      float written[ROW_TILES][4] = {};
+#pragma unroll
+      for (int m = 0; m < TILES; m++)
+        dot_columns<false>(written, address[m] + TILE_BYTES, half_address[m] + TILE_BYTES, sm[0].e[tile0 + m][t],
+                           sm[0].e[tile0 + m][4 + t]);
+      const float gate = !odd ? 0.f : BETA ? sm[0].beta : 1.f;
+#pragma unroll
+      for (int n = 0; n < OUTPUTS; n++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) pending[n][h] = gate * (upper && 2 * n + 1 < ROW_TILES ? written[2 * n + 1 < ROW_TILES ? 2 * n + 1 : 2 * n] : written[2 * n])[2 * h];
+    }
+    if (segment == 0) finish_keys(-1, true);
+    if (segment > 0) fetch(segment - 1);
     __syncthreads();
 
-    for (int p = tid; p < (SEGMENT + 1) * K / 8; p += THREADS) {
-      int s = p / (K / 8), i = p % (K / 8) * 8;
-      float x[8], y[8];
+    // Rows 1 to SEGMENT of dq and dk, then row 0 of dk, which only the first segment finishes itself.
+    auto store_row = [&](int s, int is_key, int i, bool inside) {
+      float sum[8];
 #pragma unroll
-      for (int e = 0; e < 8; e++) x[e] = y[e] = 0;
+      for (int w = 0; w < WARPS; w++) {
+        const float4 a = *(const float4*)&sm[s].partial[w][is_key][i], b = *(const float4*)&sm[s].partial[w][is_key][i + 4];
+        const float part[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
-      for (int w = 0; w < WARPS; w++)
-#pragma unroll
-        for (int e = 0; e < 8; e++) x[e] += sm.partial[w][s][0][i + e], y[e] += sm.partial[w][s][1][i + e];
-      if (s < steps) store_sum(dq + (i64)(s0 + s) * H * K + i, x);
-      if (s <= steps && s0 + s < length && (s > 0 || segment == 0)) store_sum(dk + (i64)(s0 + s) * H * K + i, y);
-    }
-    for (int p = tid; p < SEGMENT * COLS / 8; p += THREADS) {
-      int s = p / (COLS / 8), j = p % (COLS / 8) * 8;
-      float x[8];
-#pragma unroll
-      for (int e = 0; e < 8; e++) x[e] = sm.v[0][8 * p + e];
-      if (s < steps && (V % COLS == 0 || first + j < V)) store_piece(dv + (i64)(s0 + s) * H * V + j, x);
-    }
-    for (int s = tid / 8; s < (SEGMENT + 3) / 4 * 4; s += THREADS / 8) {
-      float sum[BETA ? 2 : 1];
-#pragma unroll
-      for (int n = 0; n < (BETA ? 2 : 1); n++) {
-        sum[n] = 0;
-        if (s < steps)
-#pragma unroll
-          for (int p = 0; p < THREADS / 8; p++) sum[n] += sm.dot[n][s][8 * p + tid % 8];
-#pragma unroll
-        for (int mask = 1; mask < 8; mask *= 2) sum[n] += __shfl_xor_sync(ALL, sum[n], mask);
+        for (int e = 0; e < 8; e++) sum[e] = w ? sum[e] + part[e] : part[e];
       }
-      if (s < steps && tid % 8 == 0) {
-        dg[(i64)(s0 + s) * H] = sm.decay[s] * sum[0];
-        if (BETA) dbeta[(i64)(s0 + s) * H] = sum[BETA ? 1 : 0];
+      if (inside) store_sum((is_key ? dk : dq) + (i64)(s0 + s - !is_key) * (H * K) + i, sum);
+    };
+    constexpr int LINES = 2 * SEGMENT * K / 8;
+#pragma unroll
+    for (int n = 0; n < (LINES + THREADS - 1) / THREADS; n++) {
+      const int p = tid + n * THREADS, line = p / (K / 8), s = line % SEGMENT + 1, is_key = line / SEGMENT;
+      if (LINES % THREADS == 0 || p < LINES)
+        store_row(s, is_key, p % (K / 8) * 8, s <= steps && (!is_key || s0 + s < length));
+    }
+    if (segment == 0 && tid < K / 8) store_row(0, 1, 8 * tid, true);
+    constexpr int PIECES = SEGMENT * COLS / 8;
+#pragma unroll
+    for (int n = 0; n < (PIECES + THREADS - 1) / THREADS; n++) {
+      const int p = THREADS - 1 - tid + n * THREADS, s = p / (COLS / 8), j = p % (COLS / 8) * 8;
+      if (p >= PIECES) break;
+      const uint4 a = *(const uint4*)sm[s].v[j / 16], b = *(const uint4*)(sm[s].v[j / 16] + 4);
+      const u32 half = j % 16 ? 0x7632 : 0x5410;
+      if (s < steps && (V % COLS == 0 || first + j < V))
+        store_16_bytes(dv + (i64)(s0 + s) * (H * V) + j, __byte_perm(a.x, a.y, half), __byte_perm(a.z, a.w, half),
+                       __byte_perm(b.x, b.y, half), __byte_perm(b.z, b.w, half));
+    }
+    // Eight lanes a step; all lanes of a warp take part in the sums.
+#pragma unroll
+    for (int n = 0; n < (8 * SEGMENT + THREADS - 1) / THREADS; n++) {
+      const int p = tid + n * THREADS, s = p / 8;
+      if ((p & ~31) >= 8 * SEGMENT) break;
+#pragma unroll
+      for (int which = 0; which < (BETA ? 2 : 1); which++) {
+        float sum = 0;
+#pragma unroll
+        for (int x = 0; x < THREADS / 8; x += 4) {
+          const float4 u = *(const float4*)&sm[s].dot[which][THREADS / 8 * (p % 8) + x];
+          sum += u.x + u.y + (u.z + u.w);
+        }
+#pragma unroll
+        for (int mask = 1; mask < 8; mask *= 2) sum += __shfl_xor_sync(ALL, sum, mask);
+        if (s < steps && p % 8 == 0) (which ? dbeta : dg)[(i64)(s0 + s) * H] = which ? sum : sm[s].decay * sum;
       }
     }
     __syncthreads();

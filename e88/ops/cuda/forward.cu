@@ -1,15 +1,18 @@
-// The forward pass: y and the final state, and for training the state before every SEGMENT-th step.
-// Sizes, letters and the lane layout are those of tile.cuh.
+// The forward pass for 16-bit inputs under tanh: y and the final state, and for training the state before every
+// SEGMENT-th step. Sizes, letters and the lane layout are those of tile.cuh.
 #include "tile.cuh"
-#include "tile_columns.cuh"
+#include "rows16.cuh"
 
-constexpr int KEY_PIECES = (CHUNK * K / 8 + THREADS - 1) / THREADS;
-constexpr int VALUE_PIECES = (CHUNK * COLS / 8 + THREADS - 1) / THREADS;
+static_assert(CHUNK % SEGMENT == 0, "a chunk is whole segments");
+constexpr int KEY_TASKS = (CHUNK * ROW_LANES + THREADS - 1) / THREADS;
+constexpr int VALUE_TASKS = (CHUNK * COLS / 16 + THREADS - 1) / THREADS;
 
-struct Shared {
-  float k[CHUNK][K], q[CHUNK][K], v[CHUNK][COLS];
-  float decay[CHUNK], beta[CHUNK];
-  float y[CHUNK][COLS];
+struct Step {
+  // Rows of k_s and q_{s-1} as fp16, scaled, interleaved (`pair_at`).
+  u16 kq[2 * K];
+  u32 v[COLS / 16][8], y[COLS / 16][8];
+  // exp(g), the inverse scales of k_s and q_{s-1}, beta.
+  float4 scalars;
 };
 
 // Tokens are counted through the whole batch: sequence n is tokens n * T to (n + 1) * T, or ends[n] to ends[n + 1].
@@ -20,10 +23,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 e88_forward(const element* __restrict__ q, const element* __restrict__ k, const element* __restrict__ v,
             const float* __restrict__ g, const float* __restrict__ beta, const float* __restrict__ initial_state,
             const i64* __restrict__ ends, element* __restrict__ y, float* __restrict__ final_state,
-            saved* __restrict__ checkpoints, i64 q_step, i64 k_step, i64 v_step, int T, int H) {
-  __shared__ __align__(16) Shared sm;
+            u16* __restrict__ checkpoints, int q_step, int k_step, int v_step, int T, int H) {
+  // One step more than is filled: a loop looks one step ahead, and drops what it made of the last.
+  __shared__ __align__(16) Step sm[CHUNK + 1];
   const int tid = threadIdx.x, lane = tid & 31, group = lane >> 2, t = lane & 3;
-  const int column = tid / 32 * 16 * TILES + group;
+  const int tile0 = tid / 32 * TILES, column = 16 * tile0 + group;
   const int first = blockIdx.x % SPLITS * COLS, sequence = blockIdx.x / SPLITS / H, head = blockIdx.x / SPLITS % H;
   const i64 begin = ends ? ends[sequence] : (i64)sequence * T;
   const int length = ends ? (int)(ends[sequence + 1] - begin) : T;
@@ -45,25 +49,30 @@ e88_forward(const element* __restrict__ q, const element* __restrict__ k, const 
 #pragma unroll
       for (int r = 0; r < ROWS; r++) {
         int j = column + 16 * m + 8 * c;
-        S[m][c][r] = initial_state && first + j < V ? initial_state[state_at + row_of(r, t) * V + j] : 0.f;
+        // fp16 copies of the state are taken; a state beyond their range saturates tanh all the same.
+        S[m][c][r] = initial_state && first + j < V
+                         ? fminf(fmaxf(initial_state[state_at + row_of(r, t) * V + j], -65504.f), 65504.f) : 0.f;
       }
 
   // Step s reads with k_s and, from the same product, y_{s-1} with q_{s-1}: q lags by one, and one more step than
   // there are tokens finishes the last output.
-  Piece next_k[KEY_PIECES], next_q[KEY_PIECES], next_v[VALUE_PIECES];
+  uint4 next_k[KEY_TASKS], next_q[KEY_TASKS];
+  Columns next_v[VALUE_TASKS];
   float next_decay = 0, next_beta = 0;
   auto fetch = [&](int s0) {
 #pragma unroll
-    for (int n = 0; n < KEY_PIECES; n++) {
-      int x = tid + n * THREADS, s = s0 + x / (K / 8), i = x % (K / 8) * 8;
-      bool inside = x < CHUNK * K / 8;
-      next_k[n] = inside && s < length ? load_piece(k + s * k_step + i) : zero_piece();
-      next_q[n] = inside && s > 0 && s <= length ? load_piece(q + (s - 1) * q_step + i) : zero_piece();
+    for (int n = 0; n < KEY_TASKS; n++) {
+      int x = tid + n * THREADS, s = s0 + x / ROW_LANES, i = x % ROW_LANES * 8;
+      bool inside = x < CHUNK * ROW_LANES && i < K;
+      next_k[n] = load_8(k + (i64)s * k_step + i, inside && s < length);
+      next_q[n] = load_8(q + (i64)(s - 1) * q_step + i, inside && s > 0 && s <= length);
     }
 #pragma unroll
-    for (int n = 0; n < VALUE_PIECES; n++) {
-      int x = tid + n * THREADS, s = s0 + x / (COLS / 8), j = x % (COLS / 8) * 8;
-      next_v[n] = x < CHUNK * COLS / 8 && s < length && first + j < V ? load_piece(v + s * v_step + j) : zero_piece();
+    for (int n = 0; n < VALUE_TASKS; n++) {
+      int x = tid + n * THREADS, s = s0 + x / (COLS / 16), j = x % (COLS / 16) * 16;
+      bool inside = (CHUNK * COLS / 16 % THREADS == 0 || x < CHUNK * COLS / 16) && s < length;
+      next_v[n].low = load_8(v + (i64)s * v_step + j, inside && (V % COLS == 0 || first + j < V));
+      next_v[n].high = load_8(v + (i64)s * v_step + j + 8, inside && (V % COLS == 0 || first + j + 8 < V));
     }
     if (tid < CHUNK && s0 + tid < length) {
       next_decay = g[(i64)(s0 + tid) * H];
@@ -73,64 +82,88 @@ e88_forward(const element* __restrict__ q, const element* __restrict__ k, const 
   fetch(0);
   for (int s0 = 0; s0 <= length; s0 += CHUNK) {
 #pragma unroll
-    for (int n = 0; n < KEY_PIECES; n++) {
-      int x = tid + n * THREADS;
-      if (CHUNK * K / 8 % THREADS == 0 || x < CHUNK * K / 8) {
-        stage_piece(sm.k[0] + 8 * x, next_k[n]);
-        stage_piece(sm.q[0] + 8 * x, next_q[n]);
+    for (int n = 0; n < KEY_TASKS; n++) {
+      int x = tid + n * THREADS, s = x / ROW_LANES, i = x % ROW_LANES * 8;
+      float k_inverse = scale_row(next_k[n]), q_inverse = scale_row(next_q[n]);
+      if (x < CHUNK * ROW_LANES && i < K) {
+        *(uint4*)(sm[s].kq + pair_at(0, i)) = next_k[n];
+        *(uint4*)(sm[s].kq + pair_at(1, i)) = next_q[n];
+        if (i == 0) sm[s].scalars.y = k_inverse, sm[s].scalars.z = q_inverse;
       }
     }
 #pragma unroll
-    for (int n = 0; n < VALUE_PIECES; n++) {
+    for (int n = 0; n < VALUE_TASKS; n++) {
       int x = tid + n * THREADS;
-      if (CHUNK * COLS / 8 % THREADS == 0 || x < CHUNK * COLS / 8) stage_piece(sm.v[0] + 8 * x, next_v[n]);
+      if (CHUNK * COLS / 16 % THREADS == 0 || x < CHUNK * COLS / 16) store_words(sm[x / (COLS / 16)].v[x % (COLS / 16)], next_v[n]);
     }
-    if (tid < CHUNK) sm.decay[tid] = expf(next_decay), sm.beta[tid] = next_beta;
+    if (tid < CHUNK) sm[tid].scalars.x = expf(next_decay), sm[tid].scalars.w = next_beta;
     __syncthreads();
     if (s0 + CHUNK <= length) fetch(s0 + CHUNK);
 
-    const int steps = min(CHUNK, length + 1 - s0);
-#pragma unroll 1
-    for (int s = 0; s < steps; s++) {
-      float x[ROWS], dot[TILES][4];
-      load_rows(x, group & 1 ? sm.q[s] : sm.k[s], t);
+    const int steps = min(CHUNK, length - s0);
+    u32 x[ROWS / 2];
+    float dot[TILES][4];
+    load_pairs(x, sm[0].kq, group & 1, t);
 #pragma unroll
-      for (int m = 0; m < TILES; m++) {
-        dot_rows(dot[m], S[m], x);
-        if (t == 0) sm.y[s][column + 16 * m] = dot[m][1], sm.y[s][column + 16 * m + 8] = dot[m][3];
-      }
-      if (s0 + s == length) break;
-      if (checkpoints && (s0 + s) % SEGMENT == 0) {
-        saved* row = checkpoints + (i64)((s0 + s) / SEGMENT) * H * K * V;
+    for (int m = 0; m < TILES; m++) dot_rows(dot[m], S[m], x);
+#pragma unroll 1
+    for (int part = 0; part < steps; part += SEGMENT) {
+      if (checkpoints) {
+        u16* row = checkpoints + (i64)((s0 + part) / SEGMENT) * (H * K * V);
 #pragma unroll
         for (int m = 0; m < TILES; m++)
 #pragma unroll
           for (int c = 0; c < 2; c++) {
             int j = column + 16 * m + 8 * c;
-            if (s0 + s == 0) clamp_for_saving(S[m][c]);
             if (V % COLS == 0 || first + j < V) save_column(row + j * K, t, S[m][c]);
           }
       }
-      load_rows(x, sm.k[s], t);
-      const float d = sm.decay[s];
+      const int end = min(part + SEGMENT, steps);
+      // The products of the next step close the loop, so that they overlap this step's activations.
+#pragma unroll 1
+      for (int s = part; s < end; s++) {
+        u32 packed[ROWS / 2];
+        float key[ROWS], e[TILES][2];
+        Step& step = sm[s];
+        const float4 scalar = step.scalars;
+        load_pairs(packed, step.kq, 0, t);
+        load_pairs(x, sm[s + 1].kq, group & 1, t);
+        unpack_rows(key, packed);
+#pragma unroll
+        for (int m = 0; m < TILES; m++) {
+          const u32 out = pack_output(dot[m][1] * scalar.z, dot[m][3] * scalar.z);
+          if (t == 0) step.y[tile0 + m][group] = out;
+          unpack_input(step.v[tile0 + m][group], e[m][0], e[m][1]);
+#pragma unroll
+          for (int c = 0; c < 2; c++) {
+            e[m][c] = (e[m][c] - dot[m][2 * c] * scalar.y) * scalar.y;
+            if (BETA) e[m][c] *= scalar.w;
+          }
+        }
+#pragma unroll
+        for (int m = 0; m < TILES; m++) {
+#pragma unroll
+          for (int r = 0; r < ROWS; r++)
+#pragma unroll
+            for (int c = 0; c < 2; c++) S[m][c][r] = fast_tanh(scalar.x * S[m][c][r] + key[r] * e[m][c]);
+          dot_rows(dot[m], S[m], x);
+        }
+      }
+    }
+    if (t == 0 && steps < CHUNK)
 #pragma unroll
       for (int m = 0; m < TILES; m++)
-#pragma unroll
-        for (int c = 0; c < 2; c++) {
-          float e = sm.v[s][column + 16 * m + 8 * c] - dot[m][2 * c];
-          if (BETA) e *= sm.beta[s];
-#pragma unroll
-          for (int r = 0; r < ROWS; r++) S[m][c][r] = activate(d * S[m][c][r] + x[r] * e);
-        }
-    }
+        sm[steps].y[tile0 + m][group] =
+            pack_output(dot[m][1] * sm[steps].scalars.z, dot[m][3] * sm[steps].scalars.z);
     __syncthreads();
-    for (int x = tid; x < CHUNK * COLS / 8; x += THREADS) {
-      int s = s0 - 1 + x / (COLS / 8), j = x % (COLS / 8) * 8;
-      if (s < 0 || s >= length || first + j >= V) continue;
-      float out[8];
 #pragma unroll
-      for (int e = 0; e < 8; e++) out[e] = sm.y[0][8 * x + e];
-      store_piece(y + (i64)s * H * V + j, out);
+    for (int n = 0; n < VALUE_TASKS; n++) {
+      int x = tid + n * THREADS, s = s0 - 1 + x / (COLS / 16), j = x % (COLS / 16) * 16;
+      if (x >= CHUNK * COLS / 16 || s < 0 || s >= length) continue;
+      Columns out = load_words(sm[x / (COLS / 16)].y[x % (COLS / 16)]);
+      element* to = y + (i64)s * (H * V) + j;
+      if (V % COLS == 0 || first + j < V) store_8(to, out.low);
+      if (V % COLS == 0 || first + j + 8 < V) store_8(to + 8, out.high);
     }
   }
 

@@ -32,7 +32,8 @@ class Plan:
 
     @property
     def precise(self) -> bool:
-        return self.dtype == torch.float32
+        """Whether the float32 kernels serve: for float32 inputs, and without tanh, where states know no bound."""
+        return self.dtype == torch.float32 or not self.tanh
 
     @property
     def splits(self) -> int:
@@ -44,20 +45,23 @@ class Plan:
     @property
     def saved_dtype(self) -> torch.dtype:
         """What checkpoints are kept in: fp16 has tanh's range and three more bits than bf16."""
-        if self.precise:
-            return torch.float32
-        return torch.float16 if self.tanh else torch.bfloat16
+        return torch.float32 if self.precise else torch.float16
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of the backward kernel; it asserts the same sum."""
-        pieces = self.K // 8 if self.K in (16, 32, 64, 128) else self.K // 8 | 1
-        pitch = 4 * (self.K + 4) if self.precise else 16 * pieces
-        tile = -(-self.cols * pitch // 256) * 256
         threads = self.threads(backward=True)
-        words = 16 if self.precise else 8
-        step = 2 * self.K + 2 * self.cols + 2 + self.cols // 16 * words + (2 if self.beta else 1) * threads
-        return 4 * (self.segment * step + threads // 32 * (self.segment + 1) * 2 * self.K) + (self.segment + 1) * tile
+        dots = (2 if self.beta else 1) * threads
+        partial = threads // 32 * 2 * self.K
+        if self.precise:
+            tile = -(-self.cols * 4 * (self.K + 4) // 256) * 256
+            step = 2 * self.K + 2 * self.cols + 2 + self.cols + dots
+            words = self.segment * step + 2 * self.K + self.cols + (self.segment + 1) * partial
+            return 4 * words + (self.segment + 1) * tile
+        pieces = self.K // 8 if self.K in (16, 32, 64, 128) else self.K // 8 | 1
+        tile = -(-self.cols * 16 * pieces // 256) * 256
+        step = 2 * self.K + 3 * self.cols // 2 + 4 + partial + dots
+        return (self.segment + 1) * (4 * step + tile)
 
     def defines(self, backward: bool) -> dict[str, int]:
         return {
@@ -79,6 +83,6 @@ class Plan:
 def make_plan(K: int, V: int, dtype: torch.dtype, tanh: bool, beta: bool) -> Plan:
     """The sizes for one shape of state. They do not depend on B, T or H, so one compilation serves every batch."""
     width = -(-V // 16) * 16
-    if dtype == torch.float32:
+    if dtype == torch.float32 or not tanh:
         return Plan(K, V, dtype, tanh, beta, min(width, 32), 1, 4, 4, 1, 1, 1)
     return Plan(K, V, dtype, tanh, beta, min(width, 64), 1, 8 if K <= 32 else 4, 8 if K > 64 else 16, 1, 1, 1)

@@ -27,6 +27,10 @@ def run(
     activation: str,
 ) -> tuple[Tensor, Tensor]:
     """The backend entry: y [B, T, H, V] in v's dtype and the final state [N, H, K, V]."""
+    if activation != "tanh" and v.dtype != torch.float32:
+        # Without tanh the state may leave fp16's range, which the 16-bit kernels rely on.
+        y, state = run(q.float(), k.float(), v.float(), g, beta, initial_state, cu_seqlens, activation)
+        return y.to(v.dtype), state
     floats = [None if x is None else x.float() for x in (g, beta, initial_state)]
     ends = None if cu_seqlens is None else cu_seqlens.to(device=v.device, dtype=torch.int64)
     given = [x for x in (q, k, v, *floats) if x is not None]
@@ -43,7 +47,7 @@ def _plan(k: Tensor, v: Tensor, beta: Tensor | None, tanh: bool) -> Plan:
 def _kernel(kernel: str, device: int, plan: Plan) -> Kernel:
     major, minor = torch.cuda.get_device_capability(device)
     backward = kernel == "backward"
-    code = compile_cubin(kernel, f"sm_{major}{minor}", plan.defines(backward))
+    code = compile_cubin(f"{kernel}_float" if plan.precise else kernel, f"sm_{major}{minor}", plan.defines(backward))
     return Kernel(code, f"e88_{kernel}", device, plan.shared_bytes if backward else 0)
 
 
@@ -94,8 +98,8 @@ def _forward(
     rows = [_rows(x) for x in (q, k, v)]
     rest = [None if x is None else x.contiguous() for x in (g, beta, initial_state, ends)]
     arguments = [_pointer(x) for x in (*rows, *rest, y, final_state, checkpoints if save else None)]
-    arguments += [ctypes.c_int64(x.stride(1)) for x in rows]
-    _launch("forward", plan, v, final_state.shape[0], H, [*arguments, ctypes.c_int(T), ctypes.c_int(H)])
+    arguments += [ctypes.c_int(n) for n in (*(x.stride(1) for x in rows), T, H)]
+    _launch("forward", plan, v, final_state.shape[0], H, arguments)
     return y, final_state, checkpoints
 
 
@@ -151,8 +155,8 @@ def _backward(
     final = None if dfinal is None else dfinal.contiguous()
     inputs = [*rows, *rest, checkpoints, _rows(dy.contiguous()), final]
     arguments = [_pointer(x) for x in (*inputs, *outputs)]
-    arguments += [ctypes.c_int64(n) for n in (*(x.stride(1) for x in rows), B * T)]
-    _launch("backward", plan, v, sequences, H, [*arguments, ctypes.c_int(T), ctypes.c_int(H)])
+    arguments += [*(ctypes.c_int(x.stride(1)) for x in rows), ctypes.c_int64(B * T), ctypes.c_int(T), ctypes.c_int(H)]
+    _launch("backward", plan, v, sequences, H, arguments)
     if plan.splits > 1:
         for total, parts in zip((dq, dk, dg, dbeta), sums, strict=True):
             torch.sum(parts, 0, out=total) if total.dtype == torch.float32 else total.copy_(parts.sum(0))

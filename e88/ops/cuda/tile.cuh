@@ -102,13 +102,19 @@ DEVICE void stage_piece(float* p, const Piece& x) {
 #endif
 }
 DEVICE u32 pack_output(float low, float high) { return DTYPE == 1 ? pack_fp16(low, high) : pack_bf16(low, high); }
+// Written out, because the compiler splits wide stores where it interleaves them with conversions.
+DEVICE void store_16_bytes(void* p, u32 a, u32 b, u32 c, u32 d) {
+  asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" :: "l"(p), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+DEVICE void store_floats(float* p, const float (&x)[8]) {
+  store_16_bytes(p, __float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3]));
+  store_16_bytes(p + 4, __float_as_uint(x[4]), __float_as_uint(x[5]), __float_as_uint(x[6]), __float_as_uint(x[7]));
+}
 DEVICE void store_piece(element* p, const float (&x)[8]) {
 #if DTYPE == 2
-  *(float4*)p = make_float4(x[0], x[1], x[2], x[3]);
-  *((float4*)p + 1) = make_float4(x[4], x[5], x[6], x[7]);
+  store_floats(p, x);
 #else
-  *(uint4*)p = make_uint4(pack_output(x[0], x[1]), pack_output(x[2], x[3]), pack_output(x[4], x[5]),
-                          pack_output(x[6], x[7]));
+  store_16_bytes(p, pack_output(x[0], x[1]), pack_output(x[2], x[3]), pack_output(x[4], x[5]), pack_output(x[6], x[7]));
 #endif
 }
 
@@ -176,14 +182,17 @@ DEVICE void mma_float(float (&c)[4], float a0, float a1, float a2, float a3, flo
 
 // Products over rows of one column tile with up to two vectors: lanes of even g pass rows of one vector, of odd g rows
 // of the other (or all the same). c[0] and c[1] are the two results for column g, c[2] and c[3] for column g + 8.
+// Two chains halve the latency where the rows of S are ready together; one will do where they arrive one by one.
+template <int CHAINS>
 DEVICE void dot_rows(float (&c)[4], const float (&S)[2][ROWS], const float (&x)[ROWS]) {
   float odd[4] = {0, 0, 0, 0};
 #pragma unroll
   for (int e = 0; e < 4; e++) c[e] = 0;
 #pragma unroll
   for (int n = 0; n < K / 8; n++)
-    mma_float(n % 2 ? odd : c, S[0][2 * n], S[1][2 * n], S[0][2 * n + 1], S[1][2 * n + 1], x[2 * n], x[2 * n + 1]);
-  if (K > 8)
+    mma_float(CHAINS == 2 && n % 2 ? odd : c, S[0][2 * n], S[1][2 * n], S[0][2 * n + 1], S[1][2 * n + 1], x[2 * n],
+              x[2 * n + 1]);
+  if (CHAINS == 2 && K > 8)
 #pragma unroll
     for (int e = 0; e < 4; e++) c[e] += odd[e];
 }

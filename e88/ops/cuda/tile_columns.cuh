@@ -81,11 +81,8 @@ DEVICE void save_column(saved* p, int t, const float (&x)[ROWS]) {
 #else
 #pragma unroll
   for (int b = 0; b < K / 32; b++)
-    // Written out, because the compiler splits this store where it interleaves it with the conversions.
-    asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};"
-                 :: "l"(p + 32 * b + 8 * t), "r"(pack_state(x[8 * b], x[8 * b + 1])),
-                    "r"(pack_state(x[8 * b + 2], x[8 * b + 3])), "r"(pack_state(x[8 * b + 4], x[8 * b + 5])),
-                    "r"(pack_state(x[8 * b + 6], x[8 * b + 7])) : "memory");
+    store_16_bytes(p + 32 * b + 8 * t, pack_state(x[8 * b], x[8 * b + 1]), pack_state(x[8 * b + 2], x[8 * b + 3]),
+                   pack_state(x[8 * b + 4], x[8 * b + 5]), pack_state(x[8 * b + 6], x[8 * b + 7]));
 #pragma unroll
   for (int r = K / 32 * 8; r < ROWS; r += 2) *(u32*)(p + row_of(r, t)) = pack_state(x[r], x[r + 1]);
 #endif

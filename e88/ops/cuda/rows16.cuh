@@ -1,0 +1,182 @@
+// 16-bit rows and columns: how k and q, v and y travel through shared memory, and products over rows on fp16 copies.
+//
+// k and q become fp16 rows scaled by a power of two, so that any finite input keeps its precision and none overflows.
+// Columns travel as words that hold columns (j, j + 8) of a tile, which is what one lane owns.
+
+DEVICE float fast_tanh(float x) {
+  asm("tanh.approx.f32 %0, %0;" : "+f"(x));
+  return x;
+}
+DEVICE uint4 load_8(const u16* p, bool inside) {
+  return inside ? __ldg((const uint4*)p) : make_uint4(0, 0, 0, 0);
+}
+DEVICE void store_8(u16* p, uint4 x) { store_16_bytes(p, x.x, x.y, x.z, x.w); }
+
+// ---- rows
+
+// The larger of both halves, by magnitude, as the bits of a 16-bit float.
+DEVICE u32 larger(u32 a, u32 b) { return __vmaxu2(a & 0x7fff7fffu, b & 0x7fff7fffu); }
+
+// A row is staged by this many neighbouring lanes, eight elements each; the last may have nothing to do.
+constexpr int ROW_LANES = K <= 8 ? 1 : K <= 16 ? 2 : K <= 32 ? 4 : K <= 64 ? 8 : 16;
+
+// Eight elements of a row become fp16 with the row's largest near 1. Returns what undoes the scale.
+DEVICE float scale_row(uint4& x) {
+  u32 largest = larger(larger(x.x, x.y), larger(x.z, x.w));
+  largest = max(largest & 0xffffu, largest >> 16);
+#pragma unroll
+  for (int mask = 1; mask < ROW_LANES; mask *= 2) largest = max(largest, __shfl_xor_sync(ALL, largest, mask));
+  float value, unused;
+  unpack_input(largest, value, unused);
+  u32 exponent = __float_as_uint(value) & 0x7f800000u;
+  const float scale = bits_float(0x7f000000u - exponent);
+  u32* word = (u32*)&x;
+#pragma unroll
+  for (int n = 0; n < 4; n++) {
+    float low, high;
+    unpack_input(word[n], low, high);
+    word[n] = pack_fp16(low * scale, high * scale);
+  }
+  return bits_float(exponent);
+}
+
+// Where row i of vector `which` (0, 1) stands, in elements: blocks of 32, 16 and 8 rows of one, then of the other, so that
+// lanes that read different vectors meet different banks.
+DEVICE int pair_at(int which, int i) {
+  return i < REST16  ? i / 32 * 64 + which * 32 + i % 32
+         : i < REST8 ? REST16 * 2 + which * 16 + i - REST16
+                     : REST8 * 2 + which * 8 + i - REST8;
+}
+DEVICE void load_pairs(u32 (&x)[ROWS / 2], const u16* row, int which, int t) {
+#pragma unroll
+  for (int b = 0; b < K / 32; b++) {
+    uint4 u = *(const uint4*)(row + 64 * b + 32 * which + 8 * t);
+    x[4 * b] = u.x, x[4 * b + 1] = u.y, x[4 * b + 2] = u.z, x[4 * b + 3] = u.w;
+  }
+  if constexpr (K % 32 >= 16) {
+    uint2 u = *(const uint2*)(row + 2 * REST16 + 16 * which + 4 * t);
+    x[K / 32 * 4] = u.x, x[K / 32 * 4 + 1] = u.y;
+  }
+  if constexpr (K % 16 == 8) x[ROWS / 2 - 1] = *(const u32*)(row + 2 * REST8 + 8 * which + 2 * t);
+}
+// A row of one vector for `dot_split`, whose lanes want every other word: blocks of 32 rows hold the words of a lane in
+// the order 0, 2, 1, 3.
+DEVICE void store_halves(u16* row, int i, uint4 x) {
+  *(uint4*)(row + i) = i < REST16 ? make_uint4(x.x, x.z, x.y, x.w) : x;
+}
+DEVICE void load_halves(u32 (&x)[ROWS / 2], const u16* row, int t) {
+#pragma unroll
+  for (int b = 0; b < K / 32; b++) {
+    uint4 u = *(const uint4*)(row + 32 * b + 8 * t);
+    x[4 * b] = u.x, x[4 * b + 2] = u.y, x[4 * b + 1] = u.z, x[4 * b + 3] = u.w;
+  }
+  if constexpr (K % 32 >= 16) {
+    uint2 u = *(const uint2*)(row + REST16 + 4 * t);
+    x[K / 32 * 4] = u.x, x[K / 32 * 4 + 1] = u.y;
+  }
+  if constexpr (K % 16 == 8) x[ROWS / 2 - 1] = *(const u32*)(row + REST8 + 2 * t);
+}
+// The words that a lane of even (odd) g passes to dot_split.
+constexpr int SPLIT = K / 32 * 2 + (K % 32 >= 16) + (K % 16 == 8);
+DEVICE void load_split(u32 (&x)[SPLIT], const u16* row, int t, int odd_group) {
+#pragma unroll
+  for (int b = 0; b < K / 32; b++) {
+    uint2 u = *(const uint2*)(row + 32 * b + 8 * t + 4 * odd_group);
+    x[2 * b] = u.x, x[2 * b + 1] = u.y;
+  }
+  if constexpr (K % 32 >= 16) x[K / 32 * 2] = *(const u32*)(row + REST16 + 4 * t + 2 * odd_group);
+  if constexpr (K % 16 == 8) x[SPLIT - 1] = *(const u32*)(row + REST8 + 2 * t);
+}
+DEVICE void unpack_rows(float (&x)[ROWS], const u32 (&packed)[ROWS / 2]) {
+#pragma unroll
+  for (int n = 0; n < ROWS / 2; n++) unpack_fp16(packed[n], x[2 * n], x[2 * n + 1]);
+}
+
+template <bool FP16>
+DEVICE void pack_rows(u32 (&packed)[ROWS / 2], const float (&x)[ROWS]) {
+#pragma unroll
+  for (int n = 0; n < ROWS / 2; n++)
+    packed[n] = FP16 ? pack_fp16(x[2 * n], x[2 * n + 1]) : pack_bf16(x[2 * n], x[2 * n + 1]);
+}
+
+// ---- columns
+
+struct Columns { uint4 low, high; };
+
+DEVICE void store_words(u32* p, const Columns& x) {
+  *(uint4*)p = make_uint4(__byte_perm(x.low.x, x.high.x, 0x5410), __byte_perm(x.low.x, x.high.x, 0x7632),
+                          __byte_perm(x.low.y, x.high.y, 0x5410), __byte_perm(x.low.y, x.high.y, 0x7632));
+  *(uint4*)(p + 4) = make_uint4(__byte_perm(x.low.z, x.high.z, 0x5410), __byte_perm(x.low.z, x.high.z, 0x7632),
+                                __byte_perm(x.low.w, x.high.w, 0x5410), __byte_perm(x.low.w, x.high.w, 0x7632));
+}
+DEVICE Columns load_words(const u32* p) {
+  uint4 a = *(const uint4*)p, b = *(const uint4*)(p + 4);
+  Columns x;
+  x.low = make_uint4(__byte_perm(a.x, a.y, 0x5410), __byte_perm(a.z, a.w, 0x5410), __byte_perm(b.x, b.y, 0x5410),
+                     __byte_perm(b.z, b.w, 0x5410));
+  x.high = make_uint4(__byte_perm(a.x, a.y, 0x7632), __byte_perm(a.z, a.w, 0x7632), __byte_perm(b.x, b.y, 0x7632),
+                      __byte_perm(b.z, b.w, 0x7632));
+  return x;
+}
+
+// ---- products over rows
+
+template <bool FP16>
+DEVICE void mma_k8(float (&c)[4], u32 a0, u32 a1, u32 b) {
+  if constexpr (FP16)
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(b));
+  else
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(b));
+}
+// Products over rows of one column tile with two vectors: lanes of even g pass rows of one vector, of odd g rows of the
+// other. c[0] and c[1] are the two results for column g, c[2] and c[3] for column g + 8.
+DEVICE void dot_packed(float (&c)[4], const u32 (&low)[ROWS / 2], const u32 (&high)[ROWS / 2], const u32 (&x)[ROWS / 2]) {
+#pragma unroll
+  for (int e = 0; e < 4; e++) c[e] = 0;
+#pragma unroll
+  for (int n = 0; n + 1 < ROWS / 2; n += 2) {
+    u32 a[4] = {low[n], high[n], low[n + 1], high[n + 1]};
+    mma_16bit<true>(c, a, x[n], x[n + 1]);
+  }
+  if (ROWS / 2 % 2) mma_k8<true>(c, low[ROWS / 2 - 1], high[ROWS / 2 - 1], x[ROWS / 2 - 1]);
+}
+// Product over rows of the eight columns of one half tile with one vector. Half of a lane's rows stand in for the other
+// eight rows of the A operand, with their own B column, so that one column's words, which are also stored together, make
+// up an operand; the two partial sums are on the diagonal of the result.
+template <bool FP16>
+DEVICE float dot_split(const u32 (&S)[ROWS / 2], const u32 (&x)[SPLIT]) {
+  float c[4] = {0, 0, 0, 0};
+#pragma unroll
+  for (int b = 0; b < K / 32; b++) {
+    u32 a[4] = {S[4 * b], S[4 * b + 1], S[4 * b + 2], S[4 * b + 3]};
+    mma_16bit<FP16>(c, a, x[2 * b], x[2 * b + 1]);
+  }
+  if (K % 32 >= 16) mma_k8<FP16>(c, S[K / 32 * 4], S[K / 32 * 4 + 1], x[K / 32 * 2]);
+  if (K % 16 == 8) mma_k8<FP16>(c, S[ROWS / 2 - 1], 0, x[SPLIT - 1]);
+  return c[0] + c[3];
+}
+DEVICE void dot_rows(float (&c)[4], const float (&S)[2][ROWS], const u32 (&x)[ROWS / 2]) {
+  u32 low[ROWS / 2], high[ROWS / 2];
+  pack_rows<true>(low, S[0]);
+  pack_rows<true>(high, S[1]);
+  dot_packed(c, low, high, x);
+}
+DEVICE void save_column(u16* p, int t, const float (&x)[ROWS]) {
+#pragma unroll
+  for (int b = 0; b < K / 32; b++)
+    store_16_bytes(p + 32 * b + 8 * t, pack_fp16(x[8 * b], x[8 * b + 1]), pack_fp16(x[8 * b + 2], x[8 * b + 3]),
+                   pack_fp16(x[8 * b + 4], x[8 * b + 5]), pack_fp16(x[8 * b + 6], x[8 * b + 7]));
+#pragma unroll
+  for (int r = K / 32 * 8; r < ROWS; r += 2) *(u32*)(p + row_of(r, t)) = pack_fp16(x[r], x[r + 1]);
+}
+DEVICE void restore_column(u32 (&x)[ROWS / 2], const u16* p, int t, bool inside) {
+#pragma unroll
+  for (int b = 0; b < K / 32; b++) {
+    const uint4 u = load_8(p + 32 * b + 8 * t, inside);
+    x[4 * b] = u.x, x[4 * b + 1] = u.y, x[4 * b + 2] = u.z, x[4 * b + 3] = u.w;
+  }
+#pragma unroll
+  for (int r = K / 32 * 8; r < ROWS; r += 2) x[r / 2] = inside ? __ldg((const u32*)(p + row_of(r, t))) : 0;
+}
