@@ -95,7 +95,7 @@ class GatedDeltaNet(Mixer):
 
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """log of the decay and logit of the write strength, both [..., H], float32 or wider."""
-        a, b = wide(self.a_proj(x)), wide(self.b_proj(x))
+        a, b = wide(F.linear(x, torch.cat([self.a_proj.weight, self.b_proj.weight]))).chunk(2, dim=-1)
         with torch.autocast(x.device.type, enabled=False):
             return -torch.exp(self.A_log) * F.softplus(a + self.dt_bias), b
 

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from e88.baselines.gated_delta_rule import default_chunk, gated_delta_rule, gated_delta_rule_step, unit_lower_inverse
+from e88.baselines.gated_delta_rule import gated_delta_rule, gated_delta_rule_step, unit_lower_inverse
 from e88.baselines.gated_deltanet import GatedDeltaNet
 from e88.models.config import GatedDeltaNetConfig, ModelConfig
 
@@ -106,11 +106,6 @@ def test_step_is_the_recurrence():
     expected, final = by_the_equations(qkv, log_decay, logits, state, 4)
     torch.testing.assert_close(y, expected[:, 0], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(new, final, rtol=1e-12, atol=1e-12)
-
-
-def test_chunk_grows_with_the_key_width():
-    chunks = [default_chunk(k) for k in (16, 32, 64, 128, 256)]
-    assert chunks == sorted(chunks) and all(chunk % 16 == 0 for chunk in chunks)
 
 
 def parameters_of_the_library(D, H, K, V, W):
