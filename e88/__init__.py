@@ -6,9 +6,14 @@ Importing this package loads nothing heavy; the public names below are resolved 
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
 
 __version__ = "0.1.0"
+
+# GNU OpenMP, which torch brings, lets idle threads spin for so long that one busy core slows every parallel region
+# many times over, and that numba's threads wait for them. Read when torch is loaded; a user's own value is kept.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 _LAZY = {
     "tanh_delta_rule": "e88.ops",
