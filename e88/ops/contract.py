@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -181,9 +182,32 @@ def _numba_missing() -> str | None:
     return None if importlib.util.find_spec("numba") else "numba is not installed; pip install numba"
 
 
+def _triton_supports(problem: Problem) -> str | None:
+    if problem.device != "cuda" and not (problem.device == "cpu" and _triton_interprets()):
+        return f"runs on GPU tensors, or on the CPU's where TRITON_INTERPRET=1, not on {problem.device}"
+    if problem.dtype == torch.float64:
+        return "computes in float32, and the inputs are float64"
+    if max(problem.K, problem.V) > 128:
+        return f"K and V may be 128 at most, not {problem.K} and {problem.V}"
+    return None
+
+
+def _triton_missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install triton"
+    if not torch.cuda.is_available() and not _triton_interprets():
+        return "there is no GPU that torch can use, and TRITON_INTERPRET is not 1"
+    return None
+
+
+def _triton_interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 # In order of preference: "auto" takes the first row that serves the problem.
 BACKENDS: tuple[Backend, ...] = (
     Backend("numba", "e88.ops.cpu", _numba_supports, _numba_missing),
+    Backend("triton", "e88.ops.triton", _triton_supports, _triton_missing),
     Backend("checkpointed", "e88.ops.checkpointed", lambda problem: None),
     Backend("reference", "e88.ops.reference", lambda problem: None),
 )

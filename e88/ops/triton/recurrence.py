@@ -1,0 +1,228 @@
+"""The Triton backend: plans, launches, and the `torch.library` operators that make it differentiable and compilable.
+
+Letters as in `e88.ops.contract`; a token is one step of one row.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from e88.ops.triton.kernels import backward_kernel, forward_kernel
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """The backend entry: y [B, T, H, V] in v's dtype and the final state [N, H, K, V] in float32."""
+    floats = [None if x is None else x.float() for x in (g, beta, initial_state)]
+    ends = None if cu_seqlens is None else cu_seqlens.to(device=v.device, dtype=torch.int64)
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, *floats))
+    y, final_state, _ = _forward(q, k, v, *floats, ends, activation == "tanh", save)
+    return y, final_state
+
+
+class Plan(NamedTuple):
+    """Compile-time choices: the state padded to BK rows, BV columns and `warps` warps a program, a saved state every
+    `segment` steps, the dtype of saved states, and how tanh is computed."""
+
+    BK: int
+    BV: int
+    warps: int
+    segment: int
+    saved: torch.dtype
+    tanh: str | None
+
+    def blocks(self, V: int) -> int:
+        return triton.cdiv(V, self.BV)
+
+    def constants(self, K: int, V: int) -> dict[str, Any]:
+        sizes = {"K": K, "V": V, "BK": self.BK, "BV": self.BV, "SEGMENT": self.segment, "TANH": self.tanh}
+        return {**sizes, "num_warps": self.warps, "num_stages": 1}
+
+
+@cache
+def make_plan(K: int, V: int, dtype: torch.dtype, tanh: bool, nvidia: bool) -> Plan:
+    """The plan for one shape of state; it does not depend on B, T or H."""
+    BK = max(16, triton.next_power_of_2(K))
+    # 32 numbers a lane: the backward holds three such blocks and has 255 registers.
+    BV = min(1024 // BK, max(8, triton.next_power_of_2(V)))
+    precise = dtype == torch.float32
+    # Within tanh's range fp16 has three more bits than bf16. Without tanh the state knows no bound.
+    saved = torch.float16 if tanh and not precise else torch.float32
+    mode = "exact" if precise else "approximate" if nvidia else "rounded"
+    return Plan(BK, BV, 1, 8, saved, mode if tanh else None)
+
+
+def _plan(k: Tensor, v: Tensor, tanh: bool) -> Plan:
+    return make_plan(k.shape[-1], v.shape[-1], v.dtype, tanh, v.device.type == "cuda" and torch.version.hip is None)
+
+
+def _sequences(v: Tensor, ends: Tensor | None) -> int:
+    return v.shape[0] if ends is None else ends.shape[0] - 1
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x` [B, T, H, D] as [B * T, H * D], a copy only where heads are not packed or tokens not evenly spaced."""
+    rows = x.reshape(x.shape[0] * x.shape[1], x.shape[2] * x.shape[3])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+@torch.library.custom_op("e88::triton_forward", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor | None,
+    initial_state: Tensor | None,
+    ends: Tensor | None,
+    tanh: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, state, saved = _forward_fake(q, k, v, g, beta, initial_state, ends, tanh, save)
+    _, T, H, V = v.shape
+    plan = _plan(k, v, tanh)
+    if initial_state is None:
+        state.zero_()
+    else:
+        state.copy_(initial_state)
+    rows = [_rows(x) for x in (q, k, v)]
+    rest = [None if x is None else x.contiguous() for x in (g, beta, ends)]
+    programs = state.shape[0] * H * plan.blocks(V)
+    if programs:
+        with torch.cuda.device_of(v):
+            forward_kernel[(programs,)](
+                *rows,
+                *rest,
+                state,
+                y,
+                saved if save else None,
+                *(x.stride(0) for x in rows),
+                T,
+                H,
+                **plan.constants(k.shape[-1], V),
+            )
+    return y, state, saved
+
+
+@_forward.register_fake
+def _forward_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor | None,
+    initial_state: Tensor | None,
+    ends: Tensor | None,
+    tanh: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, T, H, V = v.shape
+    sequences = _sequences(v, ends)
+    plan = _plan(k, v, tanh)
+    slots = B * T // plan.segment + sequences if save else 0
+    saved = v.new_empty(slots, H, plan.blocks(V) * plan.BV * plan.BK, dtype=plan.saved)
+    return v.new_empty(v.shape), v.new_empty(sequences, H, k.shape[-1], V, dtype=torch.float32), saved
+
+
+@torch.library.custom_op("e88::triton_backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    dfinal: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor | None,
+    ends: Tensor | None,
+    saved: Tensor,
+    tanh: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv, dg, dbeta, dstate = _backward_fake(dy, dfinal, q, k, v, g, beta, ends, saved, tanh)
+    B, T, H, V = v.shape
+    plan = _plan(k, v, tanh)
+    blocks = plan.blocks(V)
+    programs = dstate.shape[0] * H * blocks
+    if dfinal is None:
+        dstate.zero_()
+    else:
+        dstate.copy_(dfinal)
+    rows = [_rows(x) for x in (q, k, v)]
+    rest = [None if x is None else x.contiguous() for x in (g, beta, ends)]
+    states = saved.new_empty(programs, plan.segment, plan.BV * plan.BK)
+    deltas = g.new_empty(programs, plan.segment, plan.BV)
+    totals = [dq, dk, dg, dbeta]
+    parts = totals if blocks == 1 else [x.new_empty(blocks, *x.shape, dtype=torch.float32) for x in totals]
+    if programs:
+        with torch.cuda.device_of(v):
+            backward_kernel[(programs,)](
+                *rows,
+                *rest,
+                saved,
+                dy.contiguous(),
+                dstate,
+                states,
+                deltas,
+                parts[0],
+                parts[1],
+                dv,
+                *parts[2:],
+                *(x.stride(0) for x in rows),
+                B * T,
+                T,
+                H,
+                **plan.constants(k.shape[-1], V),
+            )
+    if blocks > 1:
+        for total, part in zip(totals, parts, strict=True):
+            total.copy_(part.sum(0))
+    return dq, dk, dv, dg, dbeta, dstate
+
+
+@_backward.register_fake
+def _backward_fake(
+    dy: Tensor,
+    dfinal: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor | None,
+    ends: Tensor | None,
+    saved: Tensor,
+    tanh: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv, dg = (x.new_empty(x.shape) for x in (q, k, v, g))
+    dbeta = g.new_empty(0 if beta is None else g.shape[0], *g.shape[1:])
+    return dq, dk, dv, dg, dbeta, g.new_empty(_sequences(v, ends), v.shape[2], k.shape[-1], v.shape[-1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, g, beta, initial_state, ends, tanh, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, g, beta, ends, output[2])
+    ctx.tanh, ctx.gate, ctx.initial = tanh, beta is not None, initial_state is not None
+
+
+def _vjp(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, g, beta, ends, saved = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(v)
+    dq, dk, dv, dg, dbeta, dstate = _backward(dy, dfinal, q, k, v, g, beta, ends, saved, ctx.tanh)
+    gate = dbeta if ctx.gate else None
+    return dq, dk, dv, dg, gate, dstate if ctx.initial else None, None, None, None
+
+
+_forward.register_autograd(_vjp, setup_context=_setup_context)
