@@ -6,24 +6,54 @@ Letters as in `e88.ops.contract`. The kernels release the interpreter lock, so w
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import numpy as np
 import torch
+from numba import njit
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from e88.ops import cpu_kernels as kernels
-from e88.ops.cpu_simd import HALF, LANES, ROWS
+from e88.ops import cpu_backward, cpu_forward
+from e88.ops.cpu_blocks import SEGMENT
+from e88.ops.cpu_simd import HALF, LANES
+
+
+def _compile(sources: int) -> tuple[Any, Any]:
+    """The kernels without the interpreter lock, cached on disk for as long as `sources` stays the same."""
+
+    @njit(nogil=True, cache=True)
+    def forward(*arguments: Any) -> None:
+        # Numba's cache notices changes to this file and to what a closure holds, but not to other files.
+        _ = sources
+        cpu_forward.forward(*arguments)
+
+    @njit(nogil=True, cache=True)
+    def backward(*arguments: Any) -> None:
+        _ = sources
+        cpu_backward.backward(*arguments)
+
+    return forward, backward
+
+
+_inlined = sorted(Path(__file__).parent.glob("cpu_*.py"))
+_forward, _backward = _compile(crc32(b"".join(path.read_bytes() for path in _inlined)))
+    crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("cpu_*.py"))))
+)
 
 _pools: dict[int, ThreadPoolExecutor] = {}
+# A forked process inherits pools without their threads.
+os.register_at_fork(after_in_child=_pools.clear)
 
 
 class Plan(NamedTuple):
-    """How heads are grouped into blocks of columns; see `cpu_kernels`."""
+    """How heads are grouped into blocks of columns; see `cpu_blocks`."""
 
     ends: np.ndarray
     groups: np.ndarray
@@ -51,7 +81,7 @@ def plan(lengths: tuple[int, ...], H: int, V: int) -> Plan:
         groups = rows.reshape(-1, 2)
     blocks = (halves * groups.shape[1] + 1) // 2
     steps = np.asarray(lengths, dtype=np.int64)[groups[:, 0] // H]
-    slots = np.concatenate(([0], np.cumsum(-(-steps // kernels.SEGMENT))))
+    slots = np.concatenate(([0], np.cumsum(-(-steps // SEGMENT))))
     groups, count, slots = groups.astype(np.int64), int(slots[-1]) * blocks, slots[:-1]
     arguments = (*(x.ctypes.data for x in (ends, groups, slots)), *groups.shape, blocks)
     return Plan(ends, groups, slots, blocks, count, arguments)
@@ -73,10 +103,7 @@ def _launch(kernel: Callable[..., None], tasks: int, size: int, arguments: tuple
             other.result()
 
 
-def _plain(tensor: Tensor, padding: tuple[int, ...] = ()) -> Tensor:
-    """Contiguous float32, zero-padded as `torch.nn.functional.pad` would."""
-    if any(padding):
-        tensor = torch.nn.functional.pad(tensor, padding)
+def _plain(tensor: Tensor) -> Tensor:
     return tensor.float().contiguous()
 
 
@@ -102,39 +129,35 @@ class _Recurrence(torch.autograd.Function):
         save: bool,
     ) -> tuple[Tensor, Tensor]:
         H, K, V = v.shape[2], k.shape[3], v.shape[3]
-        extra = -K % ROWS
         work = plan(lengths, H, V)
-        inputs = [_plain(q, (0, extra)), _plain(k, (0, extra)), _plain(v), _plain(g).exp()]
+        inputs = [_plain(q), _plain(k), _plain(v), _plain(g).exp()]
         gate = None if beta is None else _plain(beta)
-        initial = None if initial_state is None else _plain(initial_state, (0, 0, 0, extra))
+        initial = None if initial_state is None else _plain(initial_state)
         y = torch.empty(v.shape, dtype=torch.float32)
-        final_state = torch.empty(len(lengths), H, K + extra, V, dtype=torch.float32)
-        saved = torch.empty(work.checkpoints * (K + extra) * LANES, dtype=torch.float32) if save else None
+        final_state = torch.empty(len(lengths), H, K, V, dtype=torch.float32)
+        saved = torch.empty(work.checkpoints * K * LANES, dtype=torch.float32) if save else None
         tensors = _addresses(*inputs, gate, initial, y, final_state, saved)
-        arguments = (*tensors, *work.arguments, H, K + extra, V, nonlinear)
-        _launch(kernels.forward, len(work.groups) * work.blocks, kernels.forward_size(K + extra), arguments)
+        arguments = (*tensors, *work.arguments, H, K, V, nonlinear)
+        _launch(_forward, len(work.groups) * work.blocks, cpu_forward.scratch_size(K), arguments)
         ctx.save_for_backward(q, k, v, g, beta, saved)
         ctx.lengths, ctx.nonlinear = lengths, nonlinear
         ctx.initial_dtype = None if initial_state is None else initial_state.dtype
-        return y.to(v.dtype), final_state[:, :, :K] if extra else final_state
+        return y.to(v.dtype), final_state
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, g, beta, saved = ctx.saved_tensors
         H, K, V = v.shape[2], k.shape[3], v.shape[3]
-        extra = -K % ROWS
         work = plan(ctx.lengths, H, V)
-        inputs = [_plain(q, (0, extra)), _plain(k, (0, extra)), _plain(v), _plain(g).exp()]
+        inputs = [_plain(q), _plain(k), _plain(v), _plain(g).exp()]
         gate = None if beta is None else _plain(beta)
-        cotangents = [_plain(dy), _plain(d_final, (0, 0, 0, extra))]
+        cotangents = [_plain(dy), _plain(d_final)]
         dq, dk, dv, dg, d_initial = (torch.empty_like(x) for x in (*inputs, cotangents[1]))
         d_gate = None if gate is None else torch.empty_like(gate)
         tensors = _addresses(*inputs, gate, saved, *cotangents, dq, dk, dv, dg, d_gate, d_initial)
-        arguments = (*tensors, *work.arguments, H, K + extra, V, ctx.nonlinear)
-        _launch(kernels.backward, len(work.groups), kernels.backward_size(K + extra), arguments)
-        if extra:
-            dq, dk, d_initial = dq[..., :K], dk[..., :K], d_initial[:, :, :K]
+        arguments = (*tensors, *work.arguments, H, K, V, ctx.nonlinear)
+        _launch(_backward, len(work.groups), cpu_backward.scratch_size(K), arguments)
         return (
             dq.to(q.dtype),
             dk.to(k.dtype),

@@ -2,7 +2,9 @@
 
 A block is LANES columns of state side by side, one vector a row: two halves of HALF columns each, which belong to one
 head or to two. Heads are numbered n * H + h over sequences and heads; a group is one or two of them whose columns
-fill its blocks, -1 standing for no head. `ends` are the sequences' boundaries in tokens.
+fill its blocks, -1 standing for no head. `ends` are the sequences' boundaries in tokens. `slots` counts the segments
+before each group: where, times the blocks of a group, its saved states begin. Tensors are contiguous float32 and come
+to the kernels as addresses, 0 for one that is absent.
 """
 
 from __future__ import annotations
@@ -12,8 +14,21 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from e88.ops.cpu_simd import HALF, LANES, advance, copy_half, load, pair, splat, store, sum_rows
+from e88.ops.cpu_simd import (
+    HALF,
+    LANES,
+    advance,
+    copy_half,
+    load,
+    pair,
+    splat,
+    store,
+    sum_rows,
+)
 
+# Steps between two saved states, and floats in a block of as many rows.
+SEGMENT = 16
+STEPS = SEGMENT * LANES
 _ZERO = np.float32(0.0)
 
 

@@ -3,8 +3,8 @@
 Numba leaves vectorisation to a heuristic that fails on short loops with several sums, and passes an array as seven
 words with a reference count. Here vectors and bare pointers are types of their own, so that sums stay in registers.
 
-A `vector` is LANES columns of one row of the state, in two halves. A `tile` is ROWS rows of it, adjacent in memory:
-independent work for a processor that would wait on the long chain of arithmetic in tanh.
+A vector is LANES columns of one row of the state, in two halves. It is wider than a register on purpose: the parts
+are independent work for a processor that would wait on the long chain of arithmetic in tanh.
 """
 
 from __future__ import annotations
@@ -15,15 +15,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
 from numba.extending import lower_builtin, models, register_model
 
 HALF = 16
 LANES = 2 * HALF
-# A tile of two rows occupies a quarter of 32 wide registers, but all of 16 narrow ones.
-ROWS = 2 if binding.get_host_cpu_features().get("avx512f") else 1
 
 _FLOAT = ir.FloatType()
 _INT = ir.IntType(32)
@@ -32,19 +30,17 @@ _FLAGS = ("contract", "arcp", "nsz")
 
 
 class _Vector(types.Type):
-    def __init__(self, lanes: int) -> None:
-        self.lanes = lanes
-        super().__init__(name=f"float32x{lanes}")
+    def __init__(self) -> None:
+        super().__init__(name=f"float32x{LANES}")
 
 
 @register_model(_Vector)
 class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager: Any, fe_type: _Vector) -> None:
-        super().__init__(manager, fe_type, ir.VectorType(_FLOAT, fe_type.lanes))
+        super().__init__(manager, fe_type, ir.VectorType(_FLOAT, LANES))
 
 
-vector = _Vector(LANES)
-tile = _Vector(ROWS * LANES)
+vector = _Vector()
 floats = types.CPointer(types.float32)
 integers = types.CPointer(types.int64)
 
@@ -93,13 +89,6 @@ def _part(builder: Any, value: Any, index: int, lanes: int) -> Any:
     return _shuffle(builder, value, value, list(range(index * lanes, (index + 1) * lanes)))
 
 
-def _concatenate(builder: Any, parts: list[Any]) -> Any:
-    while len(parts) > 1:
-        lanes = list(range(2 * parts[0].type.count))
-        parts = [_shuffle(builder, a, b, lanes) for a, b in zip(parts[::2], parts[1::2], strict=True)]
-    return parts[0]
-
-
 def _add(builder: Any, a: Any, b: Any) -> Any:
     return builder.fadd(a, b, flags=_FLAGS)
 
@@ -112,10 +101,9 @@ def _mul(builder: Any, a: Any, b: Any) -> Any:
     return builder.fmul(a, b, flags=_FLAGS)
 
 
-for _kind in {vector, tile}:
-    _define(_kind, _kind, _kind, name=operator.add)(_add)
-    _define(_kind, _kind, _kind, name=operator.sub)(_sub)
-    _define(_kind, _kind, _kind, name=operator.mul)(_mul)
+_define(vector, vector, vector, name=operator.add)(_add)
+_define(vector, vector, vector, name=operator.sub)(_sub)
+_define(vector, vector, vector, name=operator.mul)(_mul)
 
 
 def _at(builder: Any, pointer: Any, index: Any, lanes: int) -> Any:
@@ -166,18 +154,6 @@ def store(builder: Any, pointer: Any, index: Any, value: Any) -> None:
     _store(builder, pointer, index, value)
 
 
-@_define(tile, floats, types.intp)
-def load_tile(builder: Any, pointer: Any, index: Any) -> Any:
-    """The tile at pointer[index]."""
-    return _load(builder, pointer, index, ROWS * LANES)
-
-
-@_define(types.void, floats, types.intp, tile)
-def store_tile(builder: Any, pointer: Any, index: Any, value: Any) -> None:
-    """Write a tile to pointer[index]."""
-    _store(builder, pointer, index, value)
-
-
 @_define(types.void, floats, types.intp, floats, types.intp)
 def copy_half(builder: Any, target: Any, to: Any, source: Any, start: Any) -> None:
     """Copy HALF numbers."""
@@ -202,37 +178,11 @@ def splat(builder: Any, value: Any) -> Any:
     return _splat(builder, value, LANES)
 
 
-def _pair(builder: Any, pointer: Any, low: Any, high: Any) -> Any:
-    halves = [builder.load(builder.gep(pointer, [index]), align=4) for index in (low, high)]
-    return _concatenate(builder, [_splat(builder, half, HALF) for half in halves])
-
-
 @_define(vector, floats, types.intp, types.intp)
 def pair(builder: Any, pointer: Any, low: Any, high: Any) -> Any:
     """A vector whose halves repeat pointer[low] and pointer[high]."""
-    return _pair(builder, pointer, low, high)
-
-
-@_define(tile, floats, types.intp, types.intp)
-def pairs(builder: Any, pointer: Any, low: Any, high: Any) -> Any:
-    """A tile of the pairs of pointer[low + row] and pointer[high + row]."""
-    places = [[builder.add(i, ir.Constant(i.type, row)) for i in (low, high)] for row in range(ROWS)]
-    return _concatenate(builder, [_pair(builder, pointer, *place) for place in places])
-
-
-@_define(tile, vector)
-def spread(builder: Any, value: Any) -> Any:
-    """A tile that repeats one vector."""
-    return _concatenate(builder, [value] * ROWS)
-
-
-@_define(vector, tile)
-def fold(builder: Any, value: Any) -> Any:
-    """The sum of a tile's rows."""
-    parts = [_part(builder, value, row, LANES) for row in range(ROWS)]
-    while len(parts) > 1:
-        parts = [_add(builder, a, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
-    return parts[0]
+    first, second = (builder.load(builder.gep(pointer, [index]), align=4) for index in (low, high))
+    return _shuffle(builder, _splat(builder, first, HALF), _splat(builder, second, HALF), list(range(LANES)))
 
 
 # Adding a pair of vectors and interleaving the sums, four times, turns 16 rows into the vector of their sums. Each

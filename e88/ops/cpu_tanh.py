@@ -17,7 +17,7 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 
-from e88.ops.cpu_simd import _INT, _add, _constant, _define, _mul, _sub, tile
+from e88.ops.cpu_simd import _INT, _add, _constant, _define, _mul, _sub, vector
 
 # What x is multiplied by before `tanh`: callers fold it into numbers that are the same for many x.
 SCALE = np.float32(2 / np.log(2))
@@ -54,14 +54,14 @@ def _signed(builder: Any, magnitude: Any, sign: Any) -> Any:
     return builder.bitcast(builder.or_(builder.bitcast(magnitude, sign.type), sign), magnitude.type)
 
 
-@_define(tile, tile)
+@_define(vector, vector)
 def tanh(builder: Any, scaled: Any) -> Any:
     """tanh(x) from x * SCALE."""
     sign, numerator, denominator, _, _ = _parts(builder, scaled)
     return _signed(builder, builder.fdiv(numerator, denominator), sign)
 
 
-@_define(types.UniTuple(tile, 2), tile)
+@_define(types.UniTuple(vector, 2), vector)
 def tanh_and_slope(builder: Any, scaled: Any) -> Any:
     """tanh(x) and 1 - tanh(x)^2 from x * SCALE."""
     sign, numerator, denominator, above, below = _parts(builder, scaled)

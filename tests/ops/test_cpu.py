@@ -13,7 +13,7 @@ from operands import assert_close, operands, relative_error
 
 from e88.ops import tanh_delta_rule
 from e88.ops.cpu import plan, warmup
-from e88.ops.cpu_kernels import SEGMENT
+from e88.ops.cpu_blocks import SEGMENT
 from e88.ops.cpu_simd import LANES
 
 TOLERANCE = 1e-5

@@ -1,9 +1,7 @@
-"""The recurrence on the CPU, forward and backward, over blocks of state columns (see `cpu_blocks`).
+"""The backward pass on the CPU, over blocks of state columns (see `cpu_blocks`); formulas as in `checkpointed`.
 
-Columns depend on one another only through the sums over a row that make dq, dk, dg and dbeta, so the sums of the
-forward pass live in registers. Tensors are contiguous float32 and come as addresses, 0 for one that is absent. K is
-a multiple of ROWS. `slots` counts the segments before each group: where, times the blocks of a group, its
-checkpoints begin.
+Segments are walked from the last to the first: replayed from the saved state, then stepped back through. dq, dk, dg
+and dbeta are sums over columns, for a whole head: its blocks are done one after another, by one worker.
 """
 
 from __future__ import annotations
@@ -13,52 +11,12 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from e88.ops.cpu_blocks import add_sums, clear, copy, gather, place, read, scatter
-from e88.ops.cpu_simd import (
-    HALF,
-    LANES,
-    ROWS,
-    advance,
-    floats_at,
-    fold,
-    integers_at,
-    load,
-    load_tile,
-    pair,
-    pairs,
-    splat,
-    spread,
-    store,
-    store_halves,
-    store_tile,
-    take,
-)
-from e88.ops.cpu_tanh import SCALE, tanh, tanh_and_slope
+from e88.ops.cpu_blocks import SEGMENT, STEPS, add_sums, copy, gather, place, read, scatter
+from e88.ops.cpu_simd import HALF, LANES, advance, floats_at, integers_at, load, pair, splat, store, store_halves, take
+from e88.ops.cpu_tanh import SCALE, tanh_and_slope
 
-# Steps between two saved states.
-SEGMENT = 16
-_STEPS = SEGMENT * LANES
 _ZERO = np.float32(0.0)
 _ONE = np.float32(1.0)
-
-
-@njit(forceinline=True)
-def _recur(
-    state: Any, k: Any, k0: int, k1: int, step: int, K: int, d: Any, write: Any, nonlinear: bool, q: Any
-) -> tuple[Any, Any]:
-    """One step in place: the output, and what the next key (`step` further on) reads from the new state."""
-    output = spread(splat(_ZERO))
-    r = output
-    gain = splat(SCALE if nonlinear else _ONE)
-    decay, delta = spread(d * gain), spread(write * gain)
-    for i in range(0, K, ROWS):
-        x = decay * load_tile(state, i * LANES) + pairs(k, k0 + i, k1 + i) * delta
-        if nonlinear:
-            x = tanh(x)
-        store_tile(state, i * LANES, x)
-        output = output + pairs(q, k0 + i, k1 + i) * x
-        r = r + pairs(k, k0 + step + i, k1 + step + i) * x
-    return fold(output), fold(r)
 
 
 @njit(forceinline=True)
@@ -66,19 +24,19 @@ def _replay(
     state: Any, slopes: Any, k: Any, k0: int, k1: int, step: int, K: int, d: Any, write: Any, nonlinear: bool
 ) -> Any:
     """One step that leaves the new state and the activation's slope after the old ones; what the next key reads."""
-    r = spread(splat(_ZERO))
+    r = splat(_ZERO)
     size = K * LANES
     gain = splat(SCALE if nonlinear else _ONE)
-    decay, delta = spread(d * gain), spread(write * gain)
-    for i in range(0, K, ROWS):
-        x = decay * load_tile(state, i * LANES) + pairs(k, k0 + i, k1 + i) * delta
-        slope = spread(splat(_ONE))
+    decay, delta = d * gain, write * gain
+    for i in range(K):
+        x = decay * load(state, i * LANES) + pair(k, k0 + i, k1 + i) * delta
+        slope = splat(_ONE)
         if nonlinear:
             x, slope = tanh_and_slope(x)
-        store_tile(state, size + i * LANES, x)
-        store_tile(slopes, size + i * LANES, slope)
-        r = r + pairs(k, k0 + step + i, k1 + step + i) * x
-    return fold(r)
+        store(state, size + i * LANES, x)
+        store(slopes, size + i * LANES, slope)
+        r = r + pair(k, k0 + step + i, k1 + step + i) * x
+    return r
 
 
 @njit(forceinline=True)
@@ -142,98 +100,12 @@ def _add_output(
         store(Z, i * LANES, load(Z, i * LANES) + pair(q, k0 + i, k1 + i) * dy)
 
 
-def forward_size(K: int) -> int:
-    """Floats of scratch that a worker of `forward` needs."""
-    return K * LANES + 2 * _STEPS
+def scratch_size(K: int) -> int:
+    """Floats of scratch that a worker needs."""
+    return (2 * (SEGMENT + 1) + 1) * K * LANES + 2 * (K + HALF) * LANES + 5 * STEPS + LANES + HALF
 
 
-def backward_size(K: int) -> int:
-    """Floats of scratch that a worker of `backward` needs."""
-    return (2 * (SEGMENT + 1) + 1) * K * LANES + 2 * (K + HALF) * LANES + 5 * _STEPS + LANES + HALF
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def forward(
-    q: Any,
-    k: Any,
-    v: Any,
-    decay: Any,
-    beta: Any,
-    initial: Any,
-    y: Any,
-    final: Any,
-    checkpoints: Any,
-    ends: Any,
-    groups: Any,
-    slots: Any,
-    group_count: int,
-    group_size: int,
-    blocks: int,
-    H: int,
-    K: int,
-    V: int,
-    nonlinear: bool,
-    counter: Any,
-    scratch: Any,
-) -> None:
-    """Blocks, as `counter` hands them out, until there are none left. `scratch` is the worker's own."""
-    gated, given, saving = beta != 0, initial != 0, checkpoints != 0
-    q, k, v, decay, beta, initial = (
-        floats_at(q),
-        floats_at(k),
-        floats_at(v),
-        floats_at(decay),
-        floats_at(beta),
-        floats_at(initial),
-    )
-    y, final, checkpoints, scratch = floats_at(y), floats_at(final), floats_at(checkpoints), floats_at(scratch)
-    ends, groups = integers_at(ends), integers_at(groups)
-    slots, counter = integers_at(slots), integers_at(counter)
-    size = K * LANES
-    state = scratch
-    v_rows = advance(state, size)
-    y_rows = advance(v_rows, _STEPS)
-    unit = take(counter)
-    while unit < group_count * blocks:
-        group, block = unit // blocks, unit % blocks
-        unit = take(counter)
-        head0, n, token0, column0, width0 = place(groups, group, group_size, 2 * block, ends, H, V)
-        head1, n, token1, column1, width1 = place(groups, group, group_size, 2 * block + 1, ends, H, V)
-        if width0 == 0:
-            continue
-        T = ends[n + 1] - ends[n]
-        if given:
-            gather(state, 0, K, initial, head0 * K * V + column0, V, width0)
-            gather(state, HALF, K, initial, head1 * K * V + column1, V, width1)
-        else:
-            clear(state, K)
-        slot = (slots[group] * blocks + block * ((T + SEGMENT - 1) // SEGMENT)) * size
-        r = splat(_ZERO)
-        if T > 0:
-            r = read(state, K, k, token0 * K, token1 * K)
-        for start in range(0, T, SEGMENT):
-            count = min(SEGMENT, T - start)
-            if saving:
-                copy(checkpoints, slot + start // SEGMENT * size, state, 0, K)
-            t0, t1 = token0 + start * H, token1 + start * H
-            gather(v_rows, 0, count, v, t0 * V + column0, H * V, width0)
-            gather(v_rows, HALF, count, v, t1 * V + column1, H * V, width1)
-            for c in range(count):
-                write = load(v_rows, c * LANES) - r
-                if gated:
-                    write = write * pair(beta, t0 + c * H, t1 + c * H)
-                d = pair(decay, t0 + c * H, t1 + c * H)
-                k0, k1 = (t0 + c * H) * K, (t1 + c * H) * K
-                step = H * K if start + c + 1 < T else 0
-                output, r = _recur(state, k, k0, k1, step, K, d, write, nonlinear, q)
-                store(y_rows, c * LANES, output)
-            scatter(y_rows, 0, count, y, t0 * V + column0, H * V, width0)
-            scatter(y_rows, HALF, count, y, t1 * V + column1, H * V, width1)
-        scatter(state, 0, K, final, head0 * K * V + column0, V, width0)
-        scatter(state, HALF, K, final, head1 * K * V + column1, V, width1)
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(error_model="numpy")
 def backward(
     q: Any,
     k: Any,
@@ -281,11 +153,11 @@ def backward(
     k_rows = advance(Z, size)
     q_rows = advance(k_rows, 2 * high)
     dy_rows = advance(q_rows, 2 * high)
-    e_rows = advance(dy_rows, _STEPS + LANES)
-    dv_rows = advance(e_rows, _STEPS)
-    decay_rows = advance(dv_rows, _STEPS)
-    beta_rows = advance(decay_rows, _STEPS)
-    sums = advance(beta_rows, _STEPS)
+    e_rows = advance(dy_rows, STEPS + LANES)
+    dv_rows = advance(e_rows, STEPS)
+    decay_rows = advance(dv_rows, STEPS)
+    beta_rows = advance(decay_rows, STEPS)
+    sums = advance(beta_rows, STEPS)
 
     for i in range(K):
         store(slopes, i * LANES, splat(_ONE))
