@@ -44,8 +44,6 @@ def _compile(sources: int) -> tuple[Any, Any]:
 
 _inlined = sorted(Path(__file__).parent.glob("cpu_*.py"))
 _forward, _backward = _compile(crc32(b"".join(path.read_bytes() for path in _inlined)))
-    crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("cpu_*.py"))))
-)
 
 _pools: dict[int, ThreadPoolExecutor] = {}
 # A forked process inherits pools without their threads.
