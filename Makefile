@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 	$(BIN)/e88 bench $(DEMO) --seconds 30 --out runs/demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -26,13 +26,13 @@ FORMAT = 1
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """Write named tensors and JSON metadata as one safetensors file, with a checksum over the tensors."""
+    """Write named tensors and JSON metadata as one safetensors file, with a checksum over both."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = json.dumps({"format": FORMAT, "checksum": _checksum(plain), **meta})
+    text = json.dumps({"format": FORMAT, **meta})
 
     def write(temporary: Path) -> None:
         try:
-            save_file(plain, temporary, metadata={"e88": header})
+            save_file(plain, temporary, metadata={"e88": text, "checksum": _checksum(plain, text)})
         except SafetensorError as error:
             raise OSError(str(error)) from error
 
@@ -48,31 +48,30 @@ def load_tensors(path: str | Path, prefix: str = "") -> tuple[dict[str, Tensor],
         raise UserError(f"no file {path}; give a checkpoint written by e88 train")
     try:
         with safe_open(path, framework="pt") as file:
-            meta = json.loads((file.metadata() or {}).get("e88", "null"))
-            names = list(file.keys())
-            tensors = {name: file.get_tensor(name) for name in names}
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} is not a readable safetensors file ({reason}); use an intact checkpoint") from error
-    if not isinstance(meta, dict) or "format" not in meta:
+    if not {"e88", "checksum"} <= header.keys():
         raise UserError(f"{path} was not written by e88; use a checkpoint or state file that e88 wrote")
+    if _checksum(tensors, header["e88"]) != header["checksum"]:
+        raise UserError(f"{path} is damaged: it does not match its checksum; use another copy")
+    meta = json.loads(header["e88"])
     if meta["format"] != FORMAT:
-        raise UserError(
-            f"{path} has format {meta['format']}, this version reads {FORMAT}; use the version that wrote it"
-        )
-    if _checksum(tensors) != meta["checksum"]:
-        raise UserError(f"{path} is damaged: its tensors do not match their checksum; use another copy")
+        raise UserError(f"{path} has format {meta['format']}, not {FORMAT}; read it with the version that wrote it")
     return {name: t for name, t in tensors.items() if name.startswith(prefix)}, meta
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> int:
-    value = 0
+def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
+    """CRC-32 over the metadata and every tensor's name, dtype, shape and bytes."""
+    value = zlib.crc32(text.encode())
     for name in sorted(tensors):
-        flat = (
-            tensors[name].reshape(-1).view(torch.uint8) if tensors[name].numel() else torch.empty(0, dtype=torch.uint8)
-        )
-        value = zlib.crc32(flat.numpy().data, zlib.crc32(name.encode(), value))
-    return value
+        tensor = tensors[name]
+        value = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), value)
+        if tensor.numel():
+            value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, value)
+    return f"{value:08x}"
 
 
 def flatten(tree: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:

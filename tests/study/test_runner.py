@@ -39,7 +39,8 @@ def spec(text, name="small", steps=4, dim=16, **training):
             "name": name,
             "model": {"dim": dim, "depth": 2, "mixer": {"kind": "e88", "n_heads": 2, "n_state": 8}},
             "training": {
-                "budget": {"steps": steps}, "batch_size": 4, "window": 16, "lr": 1e-2, "heldout_bytes": 2000, **training,
+                "budget": {"steps": steps}, "batch_size": 4, "window": 16, "lr": 1e-2, "heldout_bytes": 2000,
+                **training,
             },
             "data": str(text),
         }

@@ -47,13 +47,9 @@ def test_damage_anywhere_is_noticed(position, flip, tmp_path_factory):
     data = bytearray(path.read_bytes())
     data[int(position * len(data))] ^= flip
     path.write_bytes(data)
-    try:
-        tensors, meta = load_tensors(path)
-    except UserError as error:
-        assert "\n" not in str(error)
-    else:
-        # What is left are changes of the header that mean the same or touch only JSON text.
-        assert position * len(data) < len(data) - 800
+    with pytest.raises(UserError) as caught:
+        load_tensors(path)
+    assert "\n" not in str(caught.value)
 
 
 def test_truncated_foreign_and_missing_files_are_one_line_errors(tmp_path):

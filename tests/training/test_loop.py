@@ -42,7 +42,7 @@ class StopAt:
         pass
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     stop=st.integers(1, 7), optimizer=st.sampled_from(["adamw", "schedulefree", "muon"]), parts=st.sampled_from([1, 2])
 )
