@@ -182,6 +182,26 @@ def _numba_missing() -> str | None:
     return None if importlib.util.find_spec("numba") else "numba is not installed; pip install numba"
 
 
+def _cuda_supports(problem: Problem) -> str | None:
+    if problem.device != "cuda":
+        return f"runs on CUDA tensors only, not on {problem.device}"
+    if problem.dtype == torch.float64:
+        return "computes in float32, and the inputs are float64"
+    if problem.K % 8 or problem.V % 8 or max(problem.K, problem.V) > 128:
+        return f"K and V must be multiples of 8 up to 128, not {problem.K} and {problem.V}"
+    return None
+
+
+def _cuda_missing() -> str | None:
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return "there is no CUDA device that torch can use"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "it needs compute capability 8.0 or newer"
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
+        return "cuda-core is not installed; pip install cuda-core"
+    return None
+
+
 def _triton_supports(problem: Problem) -> str | None:
     if problem.device != "cuda" and not (problem.device == "cpu" and _triton_interprets()):
         return f"runs on GPU tensors, or on the CPU's where TRITON_INTERPRET=1, not on {problem.device}"
@@ -207,6 +227,7 @@ def _triton_interprets() -> bool:
 # In order of preference: "auto" takes the first row that serves the problem.
 BACKENDS: tuple[Backend, ...] = (
     Backend("numba", "e88.ops.cpu", _numba_supports, _numba_missing),
+    Backend("cuda", "e88.ops.cuda.recurrence", _cuda_supports, _cuda_missing),
     Backend("triton", "e88.ops.triton", _triton_supports, _triton_missing),
     Backend("checkpointed", "e88.ops.checkpointed", lambda problem: None),
     Backend("reference", "e88.ops.reference", lambda problem: None),

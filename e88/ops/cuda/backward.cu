@@ -1,8 +1,8 @@
 // The backward pass for 16-bit inputs under tanh: gradients of q, k, v, g, beta and the initial state from those of y and
-// the final state. Sizes, letters and the lane layout are those of tile.cuh.
+// the final state. v itself is not needed: it entered through e_t, which the forward pass left. Sizes, letters and the lane layout are those of tile.cuh.
 //
-// Segments of SEGMENT steps are taken from the last to the first. Each is replayed from its checkpoint, leaving S_t in
-// shared-memory tiles, and then walked back with G, the gradient of S_t, in registers:
+// Segments of SEGMENT steps are taken from the last to the first. Each is replayed from its checkpoint and e_t,
+// leaving S_t in shared-memory tiles, and then walked back with G, the gradient of S_t, in registers:
 //
 //   G += q_t dy_t^T            dP = G * (1 - S_t^2)           du = dP^T k_t       (the gradient of e_t is beta_t du)
 //   dq_t = S_t dy_t            dk_t = beta_t dP e_t - S_{t-1} de_t
@@ -15,22 +15,23 @@
 #include "tiles16.cuh"
 
 struct Step {
-  // k_s: fp16, scaled, for the replay; and bf16.
-  u16 k[K], k_plain[K];
-  // bf16 (k_s, q_{s-1}) of row_of(2 * n + g % 2, g / 2) at [g][n].
+  // k_s as bf16, in the order of `load_split`; bf16 (k_s, q_{s-1}) as `store_pairs` leaves them.
+  u16 k[K];
   u32 kq[8][K / 8];
-  // Columns: v_s, and once the step is walked back its gradient; e_s and dy_{s-1} as bf16.
-  u32 v[COLS / 16][8], e[COLS / 16][8], dy[COLS / 16][8];
-  float decay, k_inverse, beta, unused;
+  // Columns: bf16 dy_{s-1}; e_s as a leading bf16 part and the rest, whose place dv_s takes once the step is walked back.
+  u32 dy[COLS / 16][8], e[2][COLS / 16][8];
+  float decay, beta, unused[2];
   // dq_{s-1} and dk_s from each warp's columns.
   float partial[WARPS][2][K];
-  // Each lane's share of dg_s / d_s and dbeta_s.
-  float dot[BETA ? 2 : 1][THREADS];
+  // Each pair of lanes' share of dg_s / d_s and dbeta_s.
+  float dot[BETA ? 2 : 1][THREADS / 2];
 };
 // The host computes the same sum to launch and to choose sizes.
 static_assert(sizeof(Step) * (SEGMENT + 1) + (SEGMENT + 1) * TILE_BYTES == SHARED, "plan.py disagrees");
 constexpr int KEY_TASKS = (SEGMENT * ROW_LANES + THREADS - 1) / THREADS;
 constexpr int VALUE_TASKS = ((SEGMENT + 1) * COLS / 16 + THREADS - 1) / THREADS;
+// Whether registers allow the next state to be loaded early too.
+constexpr bool EARLY = TILES * K <= 64;
 constexpr int OUTPUTS = (ROW_TILES + 1) / 2;
 
 // Where several blocks share a head, each writes float32 parts of dq, dk, dg and dbeta for the host to add.
@@ -50,27 +51,6 @@ DEVICE u32 as_bf16(u32 x) {
 }
 DEVICE uint4 as_bf16(uint4 x) { return make_uint4(as_bf16(x.x), as_bf16(x.y), as_bf16(x.z), as_bf16(x.w)); }
 
-// Rows i to i + 7 of k and q, bf16, to where the lanes that own their products look.
-DEVICE void store_pairs(u32 (&p)[8][K / 8], int i, uint4 k, uint4 q) {
-  const u32 even[4] = {__byte_perm(k.x, q.x, 0x5410), __byte_perm(k.y, q.y, 0x5410), __byte_perm(k.z, q.z, 0x5410),
-                       __byte_perm(k.w, q.w, 0x5410)};
-  const u32 odd[4] = {__byte_perm(k.x, q.x, 0x7632), __byte_perm(k.y, q.y, 0x7632), __byte_perm(k.z, q.z, 0x7632),
-                      __byte_perm(k.w, q.w, 0x7632)};
-  if (i < REST16) {
-    u32* row = &p[i % 32 / 8 * 2][i / 32 * 4];
-#pragma unroll
-    for (int n = 0; n < 4; n++) row[n] = even[n], row[n + K / 8] = odd[n];
-    return;
-  }
-#pragma unroll
-  for (int n = 0; n < 4; n++) {
-    const int row = i + 2 * n, tail = row < REST8 ? (row - REST16) % 4 / 2 : 0;
-    const int t = row < REST8 ? (row - REST16) / 4 : (row - REST8) / 2;
-    const int r = (row < REST8 ? REST16 / 8 : REST8 / 8) + tail;
-    p[2 * t][r] = even[n], p[2 * t + 1][r] = odd[n];
-  }
-}
-
 // A power of two that brings the largest of the even lanes' values near 1, another for the odd lanes, and their inverses.
 // fp16 tiles need it, because gradients may lie outside fp16's range.
 DEVICE void scale_for_fp16(float largest, bool odd, float& scale, float& inverse) {
@@ -81,14 +61,17 @@ DEVICE void scale_for_fp16(float largest, bool odd, float& scale, float& inverse
   scale = bits_float(0x7f000000u - exponent);
 }
 
-// Sequences, steps and heads are laid out as in forward.cu. dy, dv: [tokens, H, V]; dq, dk: [SPLITS, tokens, H, K];
+// Keeps the compiler from working out addresses before the loop over segments, for which registers do not suffice.
+DEVICE void opaque(int& x) { asm volatile("" : "+r"(x)); }
+
+// Sequences, steps and heads are laid out as in forward.cu. e: bf16 [tokens, H, 2, V]; dy, dv: [tokens, H, V]; dq, dk: [SPLITS, tokens, H, K];
 // dg, dbeta: [SPLITS, tokens, H]; a null final-state gradient is zero, a null initial-state gradient is not wanted.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-e88_backward(const element* __restrict__ q, const element* __restrict__ k, const element* __restrict__ v,
+e88_backward(const element* __restrict__ q, const element* __restrict__ k, const u16* __restrict__ e,
              const float* __restrict__ g, const float* __restrict__ beta, const i64* __restrict__ ends,
              const u16* __restrict__ checkpoints, const element* __restrict__ dy, const float* __restrict__ dfinal,
              summed* __restrict__ dq, summed* __restrict__ dk, element* __restrict__ dv, float* __restrict__ dg,
-             float* __restrict__ dbeta, float* __restrict__ dinitial, int q_step, int k_step, int v_step, i64 tokens,
+             float* __restrict__ dbeta, float* __restrict__ dinitial, int q_step, int k_step, int tokens,
              int T, int H) {
   extern __shared__ __align__(256) char tiles[];
   Step* const sm = (Step*)(tiles + (SEGMENT + 1) * TILE_BYTES);
@@ -96,22 +79,12 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
   const int tile0 = warp * TILES, column = 16 * tile0 + group;
   const int split = blockIdx.x % SPLITS, first = split * COLS;
   const int sequence = blockIdx.x / SPLITS / H, head = blockIdx.x / SPLITS % H;
-  const i64 begin = ends ? ends[sequence] : (i64)sequence * T;
-  const int length = ends ? (int)(ends[sequence + 1] - begin) : T;
-  const i64 state_at = ((i64)sequence * H + head) * K * V + first;
+  const int begin = ends ? (int)ends[sequence] : sequence * T;
+  const int length = ends ? (int)ends[sequence + 1] - begin : T;
+  const int at_state = sequence * H + head;
 
-  q += begin * q_step + head * K;
-  k += begin * k_step + head * K;
-  v += begin * v_step + head * V + first;
-  dy += (begin * H + head) * V + first;
-  dv += (begin * H + head) * V + first;
-  g += begin * H + head;
-  if (BETA) beta += begin * H + head;
-  dq += ((split * tokens + begin) * H + head) * K;
-  dk += ((split * tokens + begin) * H + head) * K;
-  dg += (split * tokens + begin) * H + head;
-  if (BETA) dbeta += (split * tokens + begin) * H + head;
-  checkpoints += ((begin / SEGMENT + sequence) * H + head) * K * V + (i64)first * K;
+  // Offsets in rows of keys, columns, steps; pointers stay as they came, which saves registers.
+  const int at_key = head * K, at_column = head * V + first, at_part = split * tokens + begin;
 
   // At the head of every walk G is the whole gradient of the state it starts from, q dy^T included.
   float G[TILES][2][ROWS], S[TILES][2][ROWS], de[TILES][2];
@@ -122,13 +95,13 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
       const int j = column + 16 * m + 8 * c;
       const bool inside = V % COLS == 0 || first + j < V;
       float out = 0, unused;
-      if (length && inside) unpack_input(dy[(i64)(length - 1) * (H * V) + j], out, unused);
+      if (length && inside) unpack_input(dy[(i64)(begin + length - 1) * (H * V) + at_column + j], out, unused);
       de[m][c] = 0;
 #pragma unroll
       for (int r = 0; r < ROWS; r++) {
         float query = 0;
-        if (length) unpack_input(q[(i64)(length - 1) * q_step + row_of(r, t)], query, unused);
-        G[m][c][r] = (dfinal && inside ? dfinal[state_at + row_of(r, t) * V + j] : 0.f) + query * out;
+        if (length) unpack_input(q[(i64)(begin + length - 1) * q_step + at_key + row_of(r, t)], query, unused);
+        G[m][c][r] = (dfinal && inside ? dfinal[(i64)at_state * (K * V) + first + row_of(r, t) * V + j] : 0.f) + query * out;
       }
     }
 
@@ -140,16 +113,14 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
   }
   // Even lanes deliver dq, odd lanes dk, each for every other row tile.
   const bool odd = t & 1, upper = t & 2;
-  const u32 only_first = t == 0 ? ALL : 0;
-  float pending[OUTPUTS][2];
-#pragma unroll
-  for (int x = 0; x < OUTPUTS; x++) pending[x][0] = pending[x][1] = 0;
+  const u32 only_first = t == 0 ? ALL : 0, first_two = t < 2 ? ALL : 0;
+  // dP_{s+1} e_{s+1} of the step after, all columns alike, and what multiplies it (in lanes that deliver dk).
+  float written[ROW_TILES][4] = {}, gate = 0;
 
-  // dq of step s and dk of step s + 1: S_{s+1} times dy_s and times the de after it, and dP_{s+1} e_{s+1}, which is in
-  // `pending` for the last step of a segment. There the tile read for it holds numbers of no use, times zero.
-  auto finish_keys = [&](int s, bool last) {
-    const Step& after = sm[s + 1];
-    float c[ROW_TILES][4] = {}, written[ROW_TILES][4] = {}, mine[TILES][2], largest = 0, scale, inverse;
+  // dq of step s and dk of step s + 1: S_{s+1} times dy_s and times the de after it, and dP_{s+1} e_{s+1}.
+  auto finish_keys = [&](int s) {
+    Step& after = sm[s + 1];
+    float c[ROW_TILES][4] = {}, mine[TILES][2], largest = 0, scale, inverse;
 #pragma unroll
     for (int m = 0; m < TILES; m++) {
       unpack_bf16(after.dy[tile0 + m][group], mine[m][0], mine[m][1]);
@@ -160,27 +131,22 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
       }
     }
     scale_for_fp16(largest, odd, scale, inverse);
-    const int S_tile = (s + 1) * TILE_BYTES, dP_tile = last ? S_tile : S_tile + TILE_BYTES;
 #pragma unroll
     for (int m = 0; m < TILES; m++) {
       u32 x = pack_fp16(mine[m][0] * scale, mine[m][1] * scale);
       u32 b0 = __shfl_sync(ALL, x, 4 * t + (group & 1)), b1 = __shfl_sync(ALL, x, 16 + 4 * t + (group & 1));
-      dot_columns<true>(c, address[m] + S_tile, half_address[m] + S_tile, b0, b1);
-      const u32 e0 = after.e[tile0 + m][t], e1 = after.e[tile0 + m][4 + t];
-      dot_columns<false>(written, address[m] + dP_tile, half_address[m] + dP_tile, last ? 0 : e0, last ? 0 : e1);
+      dot_columns<true>(c, address[m] + (s + 1) * TILE_BYTES, half_address[m] + (s + 1) * TILE_BYTES, b0, b1);
     }
-    const float gate = !odd || last ? 0.f : BETA ? after.beta : 1.f;
-    // A lane's outputs are 16 * (2 * x + upper) + 8 * h + g.
-    float* out = sm[s + 1].partial[warp][odd] + 16 * upper + group;
+    // A lane's outputs are rows 16 * (2 * x + upper) + 8 * h + g.
+    float* out = after.partial[warp][odd] + 16 * upper + group;
 #pragma unroll
     for (int x = 0; x < OUTPUTS; x++)
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         const int u = 2 * x, w = 2 * x + 1 < ROW_TILES ? 2 * x + 1 : 2 * x;
         const float from_u = odd ? c[u][2 * h + 1] : c[u][2 * h], from_w = odd ? c[w][2 * h + 1] : c[w][2 * h];
-        float value = (upper ? from_w : from_u) * inverse + gate * (upper ? written[w][2 * h] : written[u][2 * h]);
-        value += pending[x][h];
-        pending[x][h] = 0;
+        const float value =
+            (upper ? from_w : from_u) * inverse + gate * (upper ? written[w][2 * h] : written[u][2 * h]);
         if (K % 32 == 0 || 32 * x + 16 * upper + 8 * h < K) out[32 * x + 8 * h] = value;
       }
   };
@@ -188,32 +154,11 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
   // What the next segment needs is loaded while this one is written out. Keys go to the first warps, columns to the last.
   const int segments = (length + SEGMENT - 1) / SEGMENT;
   uint4 next_key[KEY_TASKS], next_query[KEY_TASKS];
-  Columns next_v[VALUE_TASKS], next_dy[VALUE_TASKS];
+  Columns next_e[VALUE_TASKS][2], next_dy[VALUE_TASKS];
   u32 next_state[TILES][2][ROWS / 2];
   float next_decay = 0, next_beta = 0;
-  auto fetch = [&](int segment) {
-    const int s0 = segment * SEGMENT, steps = min(SEGMENT, length - s0);
-#pragma unroll
-    for (int n = 0; n < KEY_TASKS; n++) {
-      const int x = tid + n * THREADS, s = x / ROW_LANES, i = x % ROW_LANES * 8;
-      const bool inside = x < SEGMENT * ROW_LANES && i < K && s < steps;
-      next_key[n] = load_8(k + (i64)(s0 + s) * k_step + i, inside);
-      next_query[n] = load_8(q + (i64)(s0 + s - 1) * q_step + i, inside && s0 + s > 0);
-    }
-#pragma unroll
-    for (int n = 0; n < VALUE_TASKS; n++) {
-      const int x = THREADS - 1 - tid + n * THREADS, s = x / (COLS / 16), j = x % (COLS / 16) * 16;
-      const bool low = V % COLS == 0 || first + j < V, high = V % COLS == 0 || first + j + 8 < V;
-      const bool here = s < steps, before = s <= steps && s0 + s > 0;
-      const element *v_at = v + (i64)(s0 + s) * v_step + j, *dy_at = dy + (i64)(s0 + s - 1) * (H * V) + j;
-      next_v[n] = {load_8(v_at, low && here), load_8(v_at + 8, high && here)};
-      next_dy[n] = {load_8(dy_at, low && before), load_8(dy_at + 8, high && before)};
-    }
-    if (tid < steps) {
-      next_decay = g[(i64)(s0 + tid) * H];
-      if (BETA) next_beta = beta[(i64)(s0 + tid) * H];
-    }
-    const u16* state = checkpoints + (i64)segment * (H * K * V);
+  auto fetch_state = [&](int segment) {
+    const u16* state = checkpoints + ((i64)(begin / SEGMENT + sequence + segment) * H + head) * (K * V) + first * K;
 #pragma unroll
     for (int m = 0; m < TILES; m++)
 #pragma unroll
@@ -222,28 +167,55 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
         restore_column(next_state[m][c], state + j * K, t, V % COLS == 0 || first + j < V);
       }
   };
-  if (segments) fetch(segments - 1);
-#pragma unroll 1
-  for (int segment = segments - 1; segment >= 0; segment--) {
+  auto fetch = [&](int segment) {
+    int tid = threadIdx.x;
+    opaque(tid);
     const int s0 = segment * SEGMENT, steps = min(SEGMENT, length - s0);
 #pragma unroll
     for (int n = 0; n < KEY_TASKS; n++) {
       const int x = tid + n * THREADS, s = x / ROW_LANES, i = x % ROW_LANES * 8;
+      const bool inside = x < SEGMENT * ROW_LANES && i < K && s < steps;
+      next_key[n] = load_8(k + (i64)(begin + s0 + s) * k_step + at_key + i, inside);
+      next_query[n] = load_8(q + (i64)(begin + s0 + s - 1) * q_step + at_key + i, inside && s0 + s > 0);
+    }
+#pragma unroll
+    for (int n = 0; n < VALUE_TASKS; n++) {
+      const int x = THREADS - 1 - tid + n * THREADS, s = x / (COLS / 16), j = x % (COLS / 16) * 16;
+      const bool low = V % COLS == 0 || first + j < V, high = V % COLS == 0 || first + j + 8 < V;
+      const bool here = s < steps, before = s <= steps && s0 + s > 0;
+      const u16* e_at = e + (i64)(begin + s0 + s) * (H * 2 * V) + at_column + head * V + j;
+      const u16* dy_at = dy + (i64)(begin + s0 + s - 1) * (H * V) + at_column + j;
+#pragma unroll
+      for (int part = 0; part < 2; part++)
+        next_e[n][part] = {load_8(e_at + part * V, low && here), load_8(e_at + part * V + 8, high && here)};
+      next_dy[n] = {load_8(dy_at, low && before), load_8(dy_at + 8, high && before)};
+    }
+    if (tid < steps) {
+      next_decay = g[(i64)(begin + s0 + tid) * H + head];
+      if (BETA) next_beta = beta[(i64)(begin + s0 + tid) * H + head];
+    }
+    if (EARLY) fetch_state(segment);
+  };
+  if (segments) fetch(segments - 1);
+#pragma unroll 1
+  for (int segment = segments - 1; segment >= 0; segment--) {
+    const int s0 = segment * SEGMENT, steps = min(SEGMENT, length - s0);
+    if (!EARLY) fetch_state(segment);
+#pragma unroll
+    for (int n = 0; n < KEY_TASKS; n++) {
+      const int x = tid + n * THREADS, s = x / ROW_LANES, i = x % ROW_LANES * 8;
       if ((x & ~31) >= SEGMENT * ROW_LANES) break;
-      uint4 scaled = next_key[n];
-      const float inverse = scale_row(scaled);
       if (x < SEGMENT * ROW_LANES && i < K) {
-        store_halves(sm[s].k, i, scaled);
-        store_halves(sm[s].k_plain, i, as_bf16(next_key[n]));
+        store_halves(sm[s].k, i, as_bf16(next_key[n]));
         store_pairs(sm[s].kq, i, as_bf16(next_key[n]), as_bf16(next_query[n]));
-        if (i == 0) sm[s].k_inverse = inverse;
       }
     }
 #pragma unroll
     for (int n = 0; n < VALUE_TASKS; n++) {
       const int x = THREADS - 1 - tid + n * THREADS, s = x / (COLS / 16), j = x % (COLS / 16);
       if (x >= (SEGMENT + 1) * COLS / 16) break;
-      store_words(sm[s].v[j], next_v[n]);
+      store_words(sm[s].e[0][j], next_e[n][0]);
+      store_words(sm[s].e[1][j], next_e[n][1]);
       store_words(sm[s].dy[j], {as_bf16(next_dy[n].low), as_bf16(next_dy[n].high)});
     }
     if (tid < SEGMENT) sm[tid].decay = expf(next_decay), sm[tid].beta = next_beta;
@@ -256,43 +228,32 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
       }
     __syncthreads();
 
-    const int odd_group = group & 1;
     u32 split[SPLIT], pairs[K / 8];
-    float dots[TILES][2];
-    load_split(split, sm[0].k, t, odd_group);
-#pragma unroll
-    for (int m = 0; m < TILES; m++)
-#pragma unroll
-      for (int c = 0; c < 2; c++) dots[m][c] = dot_split<true>(next_state[m][c], split);
 #pragma unroll 1
     for (int s = 0; s < steps; s++) {
-      Step& step = sm[s];
+      const Step& step = sm[s];
       char* tile = tiles + (s + 1) * TILE_BYTES;
-      load_split(split, sm[s + 1].k, t, odd_group);
 #pragma unroll
       for (int n = 0; n < K / 8; n++) pairs[n] = step.kq[group][n];
-      const float d = step.decay, inverse = step.k_inverse;
+      const float d = step.decay;
 #pragma unroll
       for (int m = 0; m < TILES; m++) {
-        float e[2], write[2];
-        unpack_input(step.v[tile0 + m][group], e[0], e[1]);
-#pragma unroll
-        for (int c = 0; c < 2; c++) {
-          e[c] -= dots[m][c] * inverse;
-          write[c] = BETA ? step.beta * e[c] : e[c];
+        // S = d S + k e^T as a product with two terms, in lanes of t = 0 and t = 1; q's terms are zero.
+        u32 word = step.e[t & 1][tile0 + m][group];
+        if (BETA) {
+          float low, high, low_rest, high_rest;
+          unpack_bf16(step.e[0][tile0 + m][group], low, high);
+          unpack_bf16(step.e[1][tile0 + m][group], low_rest, high_rest);
+          low = (low + low_rest) * step.beta, high = (high + high_rest) * step.beta;
+          word = pack_bf16(low, high);
+          unpack_bf16(word, low_rest, high_rest);
+          if (t & 1) word = pack_bf16(low - low_rest, high - high_rest);
         }
-        const u32 word = pack_bf16(e[0], e[1]);
-        if (t == 0) step.e[tile0 + m][group] = word;
-        // S = d S + k e^T, with e in two bf16 parts; q's terms are zero.
-        u32 part = BETA ? pack_bf16(write[0], write[1]) : word;
-        float low, high;
-        unpack_bf16(part, low, high);
-        const u32 rest = pack_bf16(write[0] - low, write[1] - high);
-        part = t == 0 ? part : t == 1 ? rest : 0;
+        word &= first_two;
 #pragma unroll
         for (int n = 0; n < K / 8; n++) {
           float c[4] = {d * S[m][0][2 * n], d * S[m][0][2 * n + 1], d * S[m][1][2 * n], d * S[m][1][2 * n + 1]};
-          mma_k8<false>(c, part & 0xffffu, part >> 16, pairs[n]);
+          mma_k8<false>(c, word & 0xffffu, word >> 16, pairs[n]);
           S[m][0][2 * n] = fast_tanh(c[0]), S[m][0][2 * n + 1] = fast_tanh(c[1]);
           S[m][1][2 * n] = fast_tanh(c[2]), S[m][1][2 * n + 1] = fast_tanh(c[3]);
         }
@@ -300,7 +261,6 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
         for (int c = 0; c < 2; c++) {
           u32 packed[ROWS / 2];
           pack_rows<true>(packed, S[m][c]);
-          dots[m][c] = dot_split<true>(packed, split);
           store_column(tile, column + 16 * m + 8 * c, t, packed);
         }
       }
@@ -313,9 +273,9 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
       Step& step = sm[s];
       char* tile = tiles + (s + 1) * TILE_BYTES;
       const float d = step.decay;
-      float dot[2] = {0, 0}, dot_beta = 0;
+      float dot[2] = {0, 0}, dot_beta = 0, dots[TILES][2];
       u32 packed[TILES][2][ROWS / 2];
-      load_split(split, step.k_plain, t, odd_group);
+      load_split(split, step.k, t, group & 1);
 #pragma unroll
       for (int m = 0; m < TILES; m++) {
 #pragma unroll
@@ -326,18 +286,30 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
           dots[m][c] = dot_split<false>(packed[m][c], split);
         }
       }
-      finish_keys(s, s == steps - 1);
+      finish_keys(s);
       __syncwarp();
 #pragma unroll
       for (int n = 0; n < K / 8; n++) pairs[n] = step.kq[group][n];
 #pragma unroll
+      for (int m = 0; m < TILES; m++)
+#pragma unroll
+        for (int c = 0; c < 2; c++) store_column(tile, column + 16 * m + 8 * c, t, packed[m][c]);
+      __syncwarp();
+#pragma unroll
+      for (int u = 0; u < ROW_TILES; u++)
+#pragma unroll
+        for (int n = 0; n < 4; n++) written[u][n] = 0;
+#pragma unroll
+      for (int m = 0; m < TILES; m++)
+        dot_columns<false>(written, address[m] + (s + 1) * TILE_BYTES, half_address[m] + (s + 1) * TILE_BYTES,
+                           step.e[0][tile0 + m][t], step.e[0][tile0 + m][4 + t]);
+      gate = !odd ? 0.f : BETA ? step.beta : 1.f;
+#pragma unroll
       for (int m = 0; m < TILES; m++) {
-        const int j = column + 16 * m;
 #pragma unroll
         for (int c = 0; c < 2; c++) {
           u32 before[ROWS / 2];
-          store_column(tile, j + 8 * c, t, packed[m][c]);
-          load_column(before, tile - TILE_BYTES, j + 8 * c, t);
+          load_column(before, tile - TILE_BYTES, column + 16 * m + 8 * c, t);
           unpack_rows(S[m][c], before);
 #pragma unroll
           for (int r = 0; r < ROWS; r++) {
@@ -348,7 +320,7 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
         }
         if (BETA) {
           float low, high;
-          unpack_bf16(step.e[tile0 + m][group], low, high);
+          unpack_bf16(step.e[0][tile0 + m][group], low, high);
           if (t == 0) dot_beta += dots[m][0] * low + dots[m][1] * high;
         }
         // G += (k, q) (-de, dy)^T: of the eight terms of the product two are in use, both in lanes of t = 0.
@@ -361,39 +333,30 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
           G[m][0][2 * n] = c[0], G[m][0][2 * n + 1] = c[1], G[m][1][2 * n] = c[2], G[m][1][2 * n + 1] = c[3];
         }
         const u32 word = pack_output(de[m][0], de[m][1]);
-        if (t == 0) step.v[tile0 + m][group] = word;
+        if (t == 0) step.e[1][tile0 + m][group] = word;
       }
-      step.dot[0][tid] = dot[0] + dot[1];
-      if (BETA) step.dot[BETA][tid] = dot_beta;
-      __syncwarp();
+      dot[0] += dot[1];
+      dot[0] += __shfl_xor_sync(ALL, dot[0], 1);
+      if (!odd) step.dot[0][tid / 2] = dot[0];
+      if (BETA && !odd) step.dot[BETA][tid / 2] = dot_beta;
     }
-    {
-      float written[ROW_TILES][4] = {};
-#pragma unroll
-      for (int m = 0; m < TILES; m++)
-        dot_columns<false>(written, address[m] + TILE_BYTES, half_address[m] + TILE_BYTES, sm[0].e[tile0 + m][t],
-                           sm[0].e[tile0 + m][4 + t]);
-      const float gate = !odd ? 0.f : BETA ? sm[0].beta : 1.f;
-#pragma unroll
-      for (int n = 0; n < OUTPUTS; n++)
-#pragma unroll
-        for (int h = 0; h < 2; h++) pending[n][h] = gate * (upper && 2 * n + 1 < ROW_TILES ? written[2 * n + 1 < ROW_TILES ? 2 * n + 1 : 2 * n] : written[2 * n])[2 * h];
-    }
-    if (segment == 0) finish_keys(-1, true);
+    if (segment == 0) finish_keys(-1);
     if (segment > 0) fetch(segment - 1);
     __syncthreads();
 
+    int tid = threadIdx.x;
+    opaque(tid);
     // Rows 1 to SEGMENT of dq and dk, then row 0 of dk, which only the first segment finishes itself.
     auto store_row = [&](int s, int is_key, int i, bool inside) {
       float sum[8];
 #pragma unroll
       for (int w = 0; w < WARPS; w++) {
-        const float4 a = *(const float4*)&sm[s].partial[w][is_key][i], b = *(const float4*)&sm[s].partial[w][is_key][i + 4];
-        const float part[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+        const float4* p = (const float4*)&sm[s].partial[w][is_key][i];
+        const float part[8] = {p[0].x, p[0].y, p[0].z, p[0].w, p[1].x, p[1].y, p[1].z, p[1].w};
 #pragma unroll
-        for (int e = 0; e < 8; e++) sum[e] = w ? sum[e] + part[e] : part[e];
+        for (int n = 0; n < 8; n++) sum[n] = w ? sum[n] + part[n] : part[n];
       }
-      if (inside) store_sum((is_key ? dk : dq) + (i64)(s0 + s - !is_key) * (H * K) + i, sum);
+      if (inside) store_sum((is_key ? dk : dq) + (i64)(at_part + s0 + s - !is_key) * (H * K) + at_key + i, sum);
     };
     constexpr int LINES = 2 * SEGMENT * K / 8;
 #pragma unroll
@@ -408,34 +371,37 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
     for (int n = 0; n < (PIECES + THREADS - 1) / THREADS; n++) {
       const int p = THREADS - 1 - tid + n * THREADS, s = p / (COLS / 8), j = p % (COLS / 8) * 8;
       if (p >= PIECES) break;
-      const uint4 a = *(const uint4*)sm[s].v[j / 16], b = *(const uint4*)(sm[s].v[j / 16] + 4);
+      const uint4 a = *(const uint4*)sm[s].e[1][j / 16], b = *(const uint4*)(sm[s].e[1][j / 16] + 4);
       const u32 half = j % 16 ? 0x7632 : 0x5410;
       if (s < steps && (V % COLS == 0 || first + j < V))
-        store_16_bytes(dv + (i64)(s0 + s) * (H * V) + j, __byte_perm(a.x, a.y, half), __byte_perm(a.z, a.w, half),
+        store_16_bytes(dv + (i64)(begin + s0 + s) * (H * V) + at_column + j, __byte_perm(a.x, a.y, half), __byte_perm(a.z, a.w, half),
                        __byte_perm(b.x, b.y, half), __byte_perm(b.z, b.w, half));
     }
     // Eight lanes a step; all lanes of a warp take part in the sums.
 #pragma unroll
     for (int n = 0; n < (8 * SEGMENT + THREADS - 1) / THREADS; n++) {
-      const int p = tid + n * THREADS, s = p / 8;
+      const int p = tid + n * THREADS, s = min(p / 8, SEGMENT - 1);
       if ((p & ~31) >= 8 * SEGMENT) break;
 #pragma unroll
       for (int which = 0; which < (BETA ? 2 : 1); which++) {
         float sum = 0;
 #pragma unroll
-        for (int x = 0; x < THREADS / 8; x += 4) {
-          const float4 u = *(const float4*)&sm[s].dot[which][THREADS / 8 * (p % 8) + x];
-          sum += u.x + u.y + (u.z + u.w);
+        for (int x = 0; x < THREADS / 16; x += 2) {
+          const float2 u = *(const float2*)&sm[s].dot[which][THREADS / 16 * (p % 8) + x];
+          sum += u.x + u.y;
         }
 #pragma unroll
         for (int mask = 1; mask < 8; mask *= 2) sum += __shfl_xor_sync(ALL, sum, mask);
-        if (s < steps && p % 8 == 0) (which ? dbeta : dg)[(i64)(s0 + s) * H] = which ? sum : sm[s].decay * sum;
+        if (p / 8 < steps && p % 8 == 0) (which ? dbeta : dg)[(i64)(at_part + s0 + s) * H + head] = which ? sum : sm[s].decay * sum;
       }
     }
     __syncthreads();
   }
 
-  if (dinitial)
+  if (dinitial) {
+    int tid = threadIdx.x;
+    opaque(tid);
+    const int column = tid / 32 * 16 * TILES + tid % 32 / 4, t = tid % 4;
 #pragma unroll
     for (int m = 0; m < TILES; m++)
 #pragma unroll
@@ -443,6 +409,7 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
           int j = column + 16 * m + 8 * c;
-          if (first + j < V) dinitial[state_at + row_of(r, t) * V + j] = G[m][c][r];
+          if (first + j < V) dinitial[(i64)at_state * (K * V) + first + row_of(r, t) * V + j] = G[m][c][r];
         }
+  }
 }

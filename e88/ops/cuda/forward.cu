@@ -1,5 +1,5 @@
-// The forward pass for 16-bit inputs under tanh: y and the final state, and for training the state before every
-// SEGMENT-th step. Sizes, letters and the lane layout are those of tile.cuh.
+// The forward pass for 16-bit inputs under tanh: y and the final state, and for training e_t and the state
+// before every SEGMENT-th step. Sizes, letters and the lane layout are those of tile.cuh.
 #include "tile.cuh"
 #include "rows16.cuh"
 
@@ -10,7 +10,8 @@ constexpr int VALUE_TASKS = (CHUNK * COLS / 16 + THREADS - 1) / THREADS;
 struct Step {
   // Rows of k_s and q_{s-1} as fp16, scaled, interleaved (`pair_at`).
   u16 kq[2 * K];
-  u32 v[COLS / 16][8], y[COLS / 16][8];
+  // Columns: v_s; y_{s-1}; e_s as a leading bf16 part and the rest.
+  u32 v[COLS / 16][8], y[COLS / 16][8], e[SAVE ? 2 : 1][COLS / 16][8];
   // exp(g), the inverse scales of k_s and q_{s-1}, beta.
   float4 scalars;
 };
@@ -18,12 +19,12 @@ struct Step {
 // Tokens are counted through the whole batch: sequence n is tokens n * T to (n + 1) * T, or ends[n] to ends[n + 1].
 // q, k, v: rows of H * K or H * V elements, consecutive tokens q_step, k_step, v_step elements apart.
 // g (log decay) and beta: [tokens, H]. y: [tokens, H, V]. States: [N, H, K, V]; null for zero or not wanted.
-// checkpoints: [tokens / SEGMENT + N, H, V, K] or null; sequence n begins at row begin / SEGMENT + n.
+// written: e_t as a leading bf16 part and the rest, [tokens, H, 2, V]; with checkpoints: [tokens / SEGMENT + N, H, V, K], both only if SAVE; sequence n begins at row begin / SEGMENT + n.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 e88_forward(const element* __restrict__ q, const element* __restrict__ k, const element* __restrict__ v,
             const float* __restrict__ g, const float* __restrict__ beta, const float* __restrict__ initial_state,
             const i64* __restrict__ ends, element* __restrict__ y, float* __restrict__ final_state,
-            u16* __restrict__ checkpoints, int q_step, int k_step, int v_step, int T, int H) {
+            u16* __restrict__ written, u16* __restrict__ checkpoints, int q_step, int k_step, int v_step, int T, int H) {
   // One step more than is filled: a loop looks one step ahead, and drops what it made of the last.
   __shared__ __align__(16) Step sm[CHUNK + 1];
   const int tid = threadIdx.x, lane = tid & 31, group = lane >> 2, t = lane & 3;
@@ -39,7 +40,8 @@ e88_forward(const element* __restrict__ q, const element* __restrict__ k, const 
   g += begin * H + head;
   if (BETA) beta += begin * H + head;
   y += (begin * H + head) * V + first;
-  if (checkpoints) checkpoints += ((begin / SEGMENT + sequence) * H + head) * K * V + (i64)first * K;
+  if (SAVE) written += (begin * H + head) * 2 * V + first;
+  if (SAVE) checkpoints += ((begin / SEGMENT + sequence) * H + head) * K * V + (i64)first * K;
 
   float S[TILES][2][ROWS];
 #pragma unroll
@@ -108,7 +110,7 @@ e88_forward(const element* __restrict__ q, const element* __restrict__ k, const 
     for (int m = 0; m < TILES; m++) dot_rows(dot[m], S[m], x);
 #pragma unroll 1
     for (int part = 0; part < steps; part += SEGMENT) {
-      if (checkpoints) {
+      if (SAVE) {
         u16* row = checkpoints + (i64)((s0 + part) / SEGMENT) * (H * K * V);
 #pragma unroll
         for (int m = 0; m < TILES; m++)
@@ -123,29 +125,33 @@ e88_forward(const element* __restrict__ q, const element* __restrict__ k, const 
 #pragma unroll 1
       for (int s = part; s < end; s++) {
         u32 packed[ROWS / 2];
-        float key[ROWS], e[TILES][2];
+        float key[ROWS];
         Step& step = sm[s];
         const float4 scalar = step.scalars;
         load_pairs(packed, step.kq, 0, t);
-        load_pairs(x, sm[s + 1].kq, group & 1, t);
         unpack_rows(key, packed);
+        load_pairs(x, sm[s + 1].kq, group & 1, t);
 #pragma unroll
         for (int m = 0; m < TILES; m++) {
           const u32 out = pack_output(dot[m][1] * scalar.z, dot[m][3] * scalar.z);
           if (t == 0) step.y[tile0 + m][group] = out;
-          unpack_input(step.v[tile0 + m][group], e[m][0], e[m][1]);
+          float e[2];
+          unpack_input(step.v[tile0 + m][group], e[0], e[1]);
 #pragma unroll
-          for (int c = 0; c < 2; c++) {
-            e[m][c] = (e[m][c] - dot[m][2 * c] * scalar.y) * scalar.y;
-            if (BETA) e[m][c] *= scalar.w;
+          for (int c = 0; c < 2; c++) e[c] -= dot[m][2 * c] * scalar.y;
+          if (SAVE) {
+            float low, high;
+            const u32 leading_part = pack_bf16(e[0], e[1]);
+            unpack_bf16(leading_part, low, high);
+            const u32 word = t & 1 ? pack_bf16(e[0] - low, e[1] - high) : leading_part;
+            if (t < 2) step.e[SAVE ? t : 0][tile0 + m][group] = word;
           }
-        }
 #pragma unroll
-        for (int m = 0; m < TILES; m++) {
+          for (int c = 0; c < 2; c++) e[c] *= BETA ? scalar.w * scalar.y : scalar.y;
 #pragma unroll
           for (int r = 0; r < ROWS; r++)
 #pragma unroll
-            for (int c = 0; c < 2; c++) S[m][c][r] = fast_tanh(scalar.x * S[m][c][r] + key[r] * e[m][c]);
+            for (int c = 0; c < 2; c++) S[m][c][r] = fast_tanh(scalar.x * S[m][c][r] + key[r] * e[c]);
           dot_rows(dot[m], S[m], x);
         }
       }
@@ -159,7 +165,18 @@ e88_forward(const element* __restrict__ q, const element* __restrict__ k, const 
 #pragma unroll
     for (int n = 0; n < VALUE_TASKS; n++) {
       int x = tid + n * THREADS, s = s0 - 1 + x / (COLS / 16), j = x % (COLS / 16) * 16;
-      if (x >= CHUNK * COLS / 16 || s < 0 || s >= length) continue;
+      if (x >= CHUNK * COLS / 16 || s >= length) continue;
+      if (SAVE && s + 1 < length) {
+        // Outputs lag by one step, e does not.
+#pragma unroll
+        for (int part = 0; part < 2; part++) {
+          Columns e = load_words(sm[x / (COLS / 16)].e[SAVE ? part : 0][x % (COLS / 16)]);
+          u16* to = written + (i64)(s + 1) * (H * 2 * V) + part * V + j;
+          if (V % COLS == 0 || first + j < V) store_8(to, e.low);
+          if (V % COLS == 0 || first + j + 8 < V) store_8(to + 8, e.high);
+        }
+      }
+      if (s < 0) continue;
       Columns out = load_words(sm[x / (COLS / 16)].y[x % (COLS / 16)]);
       element* to = y + (i64)s * (H * V) + j;
       if (V % COLS == 0 || first + j < V) store_8(to, out.low);

@@ -60,10 +60,10 @@ class Plan:
             return 4 * words + (self.segment + 1) * tile
         pieces = self.K // 8 if self.K in (16, 32, 64, 128) else self.K // 8 | 1
         tile = -(-self.cols * 16 * pieces // 256) * 256
-        step = 2 * self.K + 3 * self.cols // 2 + 4 + partial + dots
+        step = 3 * self.K // 2 + 3 * self.cols // 2 + 4 + partial + dots // 2
         return (self.segment + 1) * (4 * step + tile)
 
-    def defines(self, backward: bool) -> dict[str, int]:
+    def defines(self, backward: bool, save: bool = True) -> dict[str, int]:
         return {
             "K": self.K,
             "V": self.V,
@@ -77,12 +77,41 @@ class Plan:
             "BETA": int(self.beta),
             "PRECISE": int(self.precise),
             "SHARED": self.shared_bytes,
+            "SAVE": int(save),
         }
 
 
-def make_plan(K: int, V: int, dtype: torch.dtype, tanh: bool, beta: bool) -> Plan:
-    """The sizes for one shape of state. They do not depend on B, T or H, so one compilation serves every batch."""
-    width = -(-V // 16) * 16
-    if dtype == torch.float32 or not tanh:
-        return Plan(K, V, dtype, tanh, beta, min(width, 32), 1, 4, 4, 1, 1, 1)
-    return Plan(K, V, dtype, tanh, beta, min(width, 64), 1, 8 if K <= 32 else 4, 8 if K > 64 else 16, 1, 1, 1)
+FEW_HEADS = 512
+HOPPER_SHARED_BYTES = 232448
+
+
+def make_plan(
+    K: int,
+    V: int,
+    dtype: torch.dtype,
+    tanh: bool,
+    beta: bool,
+    heads: int = FEW_HEADS + 1,
+    limit: int = HOPPER_SHARED_BYTES,
+) -> Plan:
+    """The sizes for one shape of state, where a block may use `limit` bytes of shared memory.
+
+    `heads` counts heads times sequences. Many heads share a multiprocessor, so that small segments pay; few heads leave
+    room for long ones. Measured on an H200; nothing else about B, T or H matters, so few compilations serve all.
+    """
+    cols = min(-(-V // 16) * 16, 64)
+    while True:
+        if dtype == torch.float32 or not tanh:
+            plan = Plan(K, V, dtype, tanh, beta, min(cols, 32), 1, 4, 4, 1, 1, 1)
+        elif K <= 16:
+            plan = Plan(K, V, dtype, tanh, beta, cols, 1, 8, 16, 1, 1, 16 * 16 // cols)
+        elif K <= 32:
+            segment, chunk, blocks = (16, 32, 4) if heads <= FEW_HEADS else (8, 16, 8)
+            plan = Plan(K, V, dtype, tanh, beta, cols, 1, segment, chunk, 1, 1, max(1, blocks * 32 // max(cols, 32)))
+        elif K <= 64:
+            plan = Plan(K, V, dtype, tanh, beta, cols, 1, 8, 16, 1, 1, 2)
+        else:
+            plan = Plan(K, V, dtype, tanh, beta, cols, 1, 4, 8, 1, 1, 2)
+        if plan.shared_bytes <= limit or plan.cols == 16:
+            return plan
+        cols = plan.cols // 2

@@ -35,28 +35,38 @@ def run(
     ends = None if cu_seqlens is None else cu_seqlens.to(device=v.device, dtype=torch.int64)
     given = [x for x in (q, k, v, *floats) if x is not None]
     save = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    y, final_state, _ = _forward(q, k, v, *floats, ends, activation == "tanh", save)
+    y, final_state, _, _ = _forward(q, k, v, *floats, ends, activation == "tanh", save)
     return y, final_state
 
 
-def _plan(k: Tensor, v: Tensor, beta: Tensor | None, tanh: bool) -> Plan:
-    return make_plan(k.shape[-1], v.shape[-1], v.dtype, tanh, beta is not None)
+def _plan(k: Tensor, v: Tensor, beta: Tensor | None, ends: Tensor | None, tanh: bool) -> Plan:
+    sequences = v.shape[0] if ends is None else ends.shape[0] - 1
+    limit = _shared_bytes(v.device.index or 0)
+    return make_plan(k.shape[-1], v.shape[-1], v.dtype, tanh, beta is not None, sequences * v.shape[2], limit)
 
 
 @cache
-def _kernel(kernel: str, device: int, plan: Plan) -> Kernel:
+def _shared_bytes(device: int) -> int:
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+
+
+@cache
+def _kernel(kernel: str, device: int, plan: Plan, save: bool) -> Kernel:
     major, minor = torch.cuda.get_device_capability(device)
     backward = kernel == "backward"
-    code = compile_cubin(f"{kernel}_float" if plan.precise else kernel, f"sm_{major}{minor}", plan.defines(backward))
+    name = f"{kernel}_float" if plan.precise else kernel
+    code = compile_cubin(name, f"sm_{major}{minor}", plan.defines(backward, save))
     return Kernel(code, f"e88_{kernel}", device, plan.shared_bytes if backward else 0)
 
 
-def _launch(kernel: str, plan: Plan, like: Tensor, sequences: int, heads: int, arguments: list[Any]) -> None:
+def _launch(
+    kernel: str, plan: Plan, save: bool, like: Tensor, sequences: int, heads: int, arguments: list[Any]
+) -> None:
     device = like.device.index
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream
         blocks = sequences * heads * plan.splits
-        _kernel(kernel, device, plan)(blocks, plan.threads(kernel == "backward"), stream, arguments)
+        _kernel(kernel, device, plan, save)(blocks, plan.threads(kernel == "backward"), stream, arguments)
 
 
 def _pointer(x: Tensor | None) -> ctypes.c_void_p:
@@ -89,18 +99,20 @@ def _forward(
     ends: Tensor | None,
     tanh: bool,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    y, final_state, checkpoints = _forward_fake(q, k, v, g, beta, initial_state, ends, tanh, save)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, final_state, checkpoints, written = _forward_fake(q, k, v, g, beta, initial_state, ends, tanh, save)
     if final_state.numel() == 0:
-        return y, final_state, checkpoints
+        return y, final_state, checkpoints, written
     B, T, H, _ = v.shape
-    plan = _plan(k, v, beta, tanh)
+    plan = _plan(k, v, beta, ends, tanh)
     rows = [_rows(x) for x in (q, k, v)]
     rest = [None if x is None else x.contiguous() for x in (g, beta, initial_state, ends)]
-    arguments = [_pointer(x) for x in (*rows, *rest, y, final_state, checkpoints if save else None)]
+    saved = [checkpoints] if plan.precise else [written, checkpoints]
+    arguments: list[Any] = [_pointer(x) for x in (*rows, *rest, y, final_state)]
+    arguments += [_pointer(x if save else None) for x in saved]
     arguments += [ctypes.c_int(n) for n in (*(x.stride(1) for x in rows), T, H)]
-    _launch("forward", plan, v, final_state.shape[0], H, arguments)
-    return y, final_state, checkpoints
+    _launch("forward", plan, save, v, final_state.shape[0], H, arguments)
+    return y, final_state, checkpoints, written
 
 
 @_forward.register_fake
@@ -114,14 +126,18 @@ def _forward_fake(
     ends: Tensor | None,
     tanh: bool,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, T, H, V = v.shape
     sequences = B if ends is None else ends.shape[0] - 1
-    plan = _plan(k, v, beta, tanh)
+    plan = _plan(k, v, beta, ends, tanh)
     y = v.new_empty(B, T, H, V)
     final_state = v.new_empty(sequences, H, k.shape[-1], V, dtype=torch.float32)
     shape = _checkpoint_shape(k, v, ends, plan) if save else (0, H, V, k.shape[-1])
-    return y, final_state, v.new_empty(shape, dtype=plan.saved_dtype)
+    checkpoints = v.new_empty(shape, dtype=plan.saved_dtype)
+    # The 16-bit kernels leave e_t = v_t - S_{t-1}^T k_t for the way back, as a sum of two bf16 parts; the float32
+    # kernels make it again from v.
+    written = v.new_empty(B, T if save and not plan.precise else 0, H, 2, V, dtype=torch.bfloat16)
+    return y, final_state, checkpoints, written
 
 
 @torch.library.custom_op("e88::cuda_backward", mutates_args=(), device_types="cuda")
@@ -130,7 +146,7 @@ def _backward(
     dfinal: Tensor | None,
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    values: Tensor,
     g: Tensor,
     beta: Tensor | None,
     ends: Tensor | None,
@@ -138,15 +154,15 @@ def _backward(
     tanh: bool,
     need_initial: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    B, T, H, V = v.shape
+    B, T, H, V = dy.shape
     sequences = B if ends is None else ends.shape[0] - 1
-    plan = _plan(k, v, beta, tanh)
+    plan = _plan(k, dy, beta, ends, tanh)
     dq, dk, dv, dg, dbeta, dinitial = _backward_fake(
-        dy, dfinal, q, k, v, g, beta, ends, checkpoints, tanh, need_initial
+        dy, dfinal, q, k, values, g, beta, ends, checkpoints, tanh, need_initial
     )
     if sequences * H == 0:
         return dq, dk, dv, dg, dbeta, dinitial
-    rows = [_rows(x) for x in (q, k, v)]
+    rows = [_rows(q), _rows(k), _rows(values) if plan.precise else values]
     rest = [None if x is None else x.contiguous() for x in (g, beta, ends)]
     sums = [dq, dk, dg, dbeta]
     if plan.splits > 1:
@@ -154,9 +170,11 @@ def _backward(
     outputs = [sums[0], sums[1], dv, sums[2], sums[3], dinitial if need_initial else None]
     final = None if dfinal is None else dfinal.contiguous()
     inputs = [*rows, *rest, checkpoints, _rows(dy.contiguous()), final]
-    arguments = [_pointer(x) for x in (*inputs, *outputs)]
-    arguments += [*(ctypes.c_int(x.stride(1)) for x in rows), ctypes.c_int64(B * T), ctypes.c_int(T), ctypes.c_int(H)]
-    _launch("backward", plan, v, sequences, H, arguments)
+    arguments: list[Any] = [_pointer(x) for x in (*inputs, *outputs)]
+    steps = [ctypes.c_int(x.stride(1)) for x in (rows if plan.precise else rows[:2])]
+    tokens = ctypes.c_int64(B * T) if plan.precise else ctypes.c_int(B * T)
+    arguments += [*steps, tokens, ctypes.c_int(T), ctypes.c_int(H)]
+    _launch("backward", plan, True, dy, sequences, H, arguments)
     if plan.splits > 1:
         for total, parts in zip((dq, dk, dg, dbeta), sums, strict=True):
             torch.sum(parts, 0, out=total) if total.dtype == torch.float32 else total.copy_(parts.sum(0))
@@ -169,7 +187,7 @@ def _backward_fake(
     dfinal: Tensor | None,
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    values: Tensor,
     g: Tensor,
     beta: Tensor | None,
     ends: Tensor | None,
@@ -177,30 +195,31 @@ def _backward_fake(
     tanh: bool,
     need_initial: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    B, T, H, V = v.shape
+    B, T, H, V = dy.shape
     K = k.shape[-1]
     sequences = B if ends is None else ends.shape[0] - 1
     dq, dk = (k.new_empty(B, T, H, K) for _ in range(2))
     dg = g.new_empty(B, T, H)
     dbeta = g.new_empty(0 if beta is None else B, T, H)
     dinitial = g.new_empty(sequences if need_initial else 0, H, K, V)
-    return dq, dk, v.new_empty(B, T, H, V), dg, dbeta, dinitial
+    return dq, dk, k.new_empty(B, T, H, V), dg, dbeta, dinitial
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     q, k, v, g, beta, initial_state, ends, tanh, _ = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, g, beta, ends, output[2])
+    values = v if _plan(k, v, beta, ends, tanh).precise else output[3]
+    ctx.save_for_backward(q, k, values, g, beta, ends, output[2])
     ctx.tanh = tanh
     ctx.need_initial = initial_state is not None and initial_state.requires_grad
 
 
-def _vjp(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, g, beta, ends, checkpoints = ctx.saved_tensors
+def _vjp(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, values, g, beta, ends, checkpoints = ctx.saved_tensors
     if dy is None:
-        dy = torch.zeros_like(v, memory_format=torch.contiguous_format)
+        dy = q.new_zeros(*q.shape[:3], values.shape[-1])
     dq, dk, dv, dg, dbeta, dinitial = _backward(
-        dy, dfinal, q, k, v, g, beta, ends, checkpoints, ctx.tanh, ctx.need_initial
+        dy, dfinal, q, k, values, g, beta, ends, checkpoints, ctx.tanh, ctx.need_initial
     )
     gate = None if beta is None else dbeta
     return dq, dk, dv, dg, gate, dinitial if ctx.need_initial else None, None, None, None

@@ -99,6 +99,28 @@ DEVICE void pack_rows(u32 (&packed)[ROWS / 2], const float (&x)[ROWS]) {
     packed[n] = FP16 ? pack_fp16(x[2 * n], x[2 * n + 1]) : pack_bf16(x[2 * n], x[2 * n + 1]);
 }
 
+// Rows i to i + 7 of two vectors, as pairs, to where the lanes that own their products look: row_of(2 * n + g % 2, g / 2)
+// at [g][n], which is the B operand of an update C[columns][rows] += A[columns][2] (k, q)^T.
+DEVICE void store_pairs(u32 (&p)[8][K / 8], int i, uint4 k, uint4 q) {
+  const u32 even[4] = {__byte_perm(k.x, q.x, 0x5410), __byte_perm(k.y, q.y, 0x5410), __byte_perm(k.z, q.z, 0x5410),
+                       __byte_perm(k.w, q.w, 0x5410)};
+  const u32 odd[4] = {__byte_perm(k.x, q.x, 0x7632), __byte_perm(k.y, q.y, 0x7632), __byte_perm(k.z, q.z, 0x7632),
+                      __byte_perm(k.w, q.w, 0x7632)};
+  if (i < REST16) {
+    u32* row = &p[i % 32 / 8 * 2][i / 32 * 4];
+#pragma unroll
+    for (int n = 0; n < 4; n++) row[n] = even[n], row[n + K / 8] = odd[n];
+    return;
+  }
+#pragma unroll
+  for (int n = 0; n < 4; n++) {
+    const int row = i + 2 * n, tail = row < REST8 ? (row - REST16) % 4 / 2 : 0;
+    const int t = row < REST8 ? (row - REST16) / 4 : (row - REST8) / 2;
+    const int r = (row < REST8 ? REST16 / 8 : REST8 / 8) + tail;
+    p[2 * t][r] = even[n], p[2 * t + 1][r] = odd[n];
+  }
+}
+
 // ---- columns
 
 struct Columns { uint4 low, high; };
