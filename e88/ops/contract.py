@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import lru_cache
 from types import ModuleType
 from typing import NamedTuple
 
@@ -170,6 +171,12 @@ class Backend(NamedTuple):
     missing: Callable[[], str | None] = lambda: None
 
 
+@lru_cache
+def _installed(package: str) -> bool:
+    # Asked at every call, and a look at the disk takes as long as a small problem.
+    return importlib.util.find_spec(package) is not None
+
+
 def _numba_supports(problem: Problem) -> str | None:
     if problem.device != "cpu":
         return f"runs on CPU tensors only, not on {problem.device}"
@@ -179,7 +186,7 @@ def _numba_supports(problem: Problem) -> str | None:
 
 
 def _numba_missing() -> str | None:
-    return None if importlib.util.find_spec("numba") else "numba is not installed; pip install numba"
+    return None if _installed("numba") else "numba is not installed; pip install numba"
 
 
 def _cuda_supports(problem: Problem) -> str | None:
@@ -197,7 +204,7 @@ def _cuda_missing() -> str | None:
         return "there is no CUDA device that torch can use"
     if torch.cuda.get_device_capability() < (8, 0):
         return "it needs compute capability 8.0 or newer"
-    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
+    if not _installed("cuda") or not _installed("cuda.bindings"):
         return "cuda-core is not installed; pip install cuda-core"
     return None
 
@@ -213,7 +220,7 @@ def _triton_supports(problem: Problem) -> str | None:
 
 
 def _triton_missing() -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _installed("triton"):
         return "triton is not installed; pip install triton"
     if not torch.cuda.is_available() and not _triton_interprets():
         return "there is no GPU that torch can use, and TRITON_INTERPRET is not 1"

@@ -46,8 +46,9 @@ _inlined = sorted(Path(__file__).parent.glob("cpu_*.py"))
 _forward, _backward = _compile(crc32(b"".join(path.read_bytes() for path in _inlined)))
 
 _pools: dict[int, ThreadPoolExecutor] = {}
-# A forked process inherits pools without their threads.
-os.register_at_fork(after_in_child=_pools.clear)
+# A forked process inherits pools without their threads. Windows does not fork.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pools.clear)
 
 
 class Plan(NamedTuple):
@@ -169,8 +170,6 @@ class _Recurrence(torch.autograd.Function):
         )
 
 
-# Numba cannot be traced: under torch.compile the call is left as it is.
-@torch.compiler.disable
 def run(
     q: Tensor,
     k: Tensor,
@@ -182,10 +181,25 @@ def run(
     activation: str,
 ) -> tuple[Tensor, Tensor]:
     """The backend entry: y [B, T, H, V] in v's dtype and the final state [N, H, K, V] in float32."""
+    # The compiler cannot trace numba. Only then, since the import behind `disable` takes as long as that of torch.
+    call = torch.compiler.disable(_run) if torch.compiler.is_compiling() else _run
+    return call(q, k, v, g, beta, initial_state, cu_seqlens, activation == "tanh")
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    nonlinear: bool,
+) -> tuple[Tensor, Tensor]:
     lengths = (v.shape[1],) * v.shape[0] if cu_seqlens is None else tuple(cu_seqlens.diff().tolist())
     tensors = (q, k, v, g, beta, initial_state)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    return _Recurrence.apply(*tensors, lengths, activation == "tanh", save)
+    return _Recurrence.apply(*tensors, lengths, nonlinear, save)
 
 
 def warmup() -> None:
