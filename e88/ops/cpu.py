@@ -45,6 +45,8 @@ def _compile(sources: int) -> tuple[Any, Any]:
 _inlined = sorted(Path(__file__).parent.glob("cpu_*.py"))
 _forward, _backward = _compile(crc32(b"".join(path.read_bytes() for path in _inlined)))
 
+# Less work than this (about 20 microseconds) is not worth waking a thread for.
+VECTORS_PER_WORKER = 4096
 _pools: dict[int, ThreadPoolExecutor] = {}
 # A forked process inherits pools without their threads. Windows does not fork.
 if hasattr(os, "register_at_fork"):
@@ -58,6 +60,7 @@ class Plan(NamedTuple):
     groups: np.ndarray
     slots: np.ndarray
     blocks: int
+    steps: int
     checkpoints: int
     arguments: tuple[int, ...]
 
@@ -66,7 +69,8 @@ class Plan(NamedTuple):
 def plan(lengths: tuple[int, ...], H: int, V: int) -> Plan:
     """Group the heads of sequences of these lengths.
 
-    `checkpoints` counts saved blocks of K vectors; `arguments` is the plan as kernels take it.
+    `steps` counts a block's steps over all blocks, `checkpoints` the saved ones, of K vectors each; `arguments` is the
+    plan as kernels take it.
     """
     N = len(lengths)
     ends = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
@@ -83,12 +87,12 @@ def plan(lengths: tuple[int, ...], H: int, V: int) -> Plan:
     slots = np.concatenate(([0], np.cumsum(-(-steps // SEGMENT))))
     groups, count, slots = groups.astype(np.int64), int(slots[-1]) * blocks, slots[:-1]
     arguments = (*(x.ctypes.data for x in (ends, groups, slots)), *groups.shape, blocks)
-    return Plan(ends, groups, slots, blocks, count, arguments)
+    return Plan(ends, groups, slots, blocks, int(steps.sum()) * blocks, count, arguments)
 
 
-def _launch(kernel: Callable[..., None], tasks: int, size: int, arguments: tuple[Any, ...]) -> None:
+def _launch(kernel: Callable[..., None], tasks: int, vectors: int, size: int, arguments: tuple[Any, ...]) -> None:
     """Run a kernel on torch's number of threads, each with `size` floats of scratch of its own."""
-    workers = max(1, min(torch.get_num_threads(), tasks))
+    workers = max(1, min(torch.get_num_threads(), tasks, vectors // VECTORS_PER_WORKER))
     counter = torch.zeros(1, dtype=torch.int64)
     scratch = torch.empty(workers, size)
     calls = [(*arguments, counter.data_ptr(), part.data_ptr()) for part in scratch]
@@ -137,7 +141,7 @@ class _Recurrence(torch.autograd.Function):
         saved = torch.empty(work.checkpoints * K * LANES, dtype=torch.float32) if save else None
         tensors = _addresses(*inputs, gate, initial, y, final_state, saved)
         arguments = (*tensors, *work.arguments, H, K, V, nonlinear)
-        _launch(_forward, len(work.groups) * work.blocks, cpu_forward.scratch_size(K), arguments)
+        _launch(_forward, len(work.groups) * work.blocks, work.steps * K, cpu_forward.scratch_size(K), arguments)
         ctx.save_for_backward(q, k, v, g, beta, saved)
         ctx.lengths, ctx.nonlinear = lengths, nonlinear
         ctx.initial_dtype = None if initial_state is None else initial_state.dtype
@@ -156,7 +160,7 @@ class _Recurrence(torch.autograd.Function):
         d_gate = None if gate is None else torch.empty_like(gate)
         tensors = _addresses(*inputs, gate, saved, *cotangents, dq, dk, dv, dg, d_gate, d_initial)
         arguments = (*tensors, *work.arguments, H, K, V, ctx.nonlinear)
-        _launch(_backward, len(work.groups), cpu_backward.scratch_size(K), arguments)
+        _launch(_backward, len(work.groups), work.steps * K, cpu_backward.scratch_size(K), arguments)
         return (
             dq.to(q.dtype),
             dk.to(k.dtype),

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from operands import assert_close, operands, relative_error
 
-from e88.ops import tanh_delta_rule
-from e88.ops.cpu import plan, warmup
+from e88.ops import cpu, tanh_delta_rule
 from e88.ops.cpu_blocks import SEGMENT
 from e88.ops.cpu_simd import LANES
 
@@ -21,19 +20,22 @@ TOLERANCE = 1e-5
 
 @pytest.fixture(autouse=True, scope="module")
 def poison() -> Iterator[None]:
-    """Uninitialised memory holds NaN, so that a number nobody wrote cannot pass."""
-    warmup()
+    """Uninitialised memory holds NaN, so that a number nobody wrote cannot pass; small problems use all threads."""
+    cpu.warmup()
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     assert torch.empty(3).isnan().all()
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "VECTORS_PER_WORKER", 1)
+        yield
     torch.use_deterministic_algorithms(deterministic)
 
 
 def check(x, tolerance: float = TOLERANCE) -> dict[str, torch.Tensor]:
     actual = x.to(torch.float32)
-    assert_close(results := actual.results("numba"), actual.to(torch.float64).results("checkpointed"), tolerance)
+    results = actual.results("numba")
+    assert_close(results, actual.to(torch.float64).results("checkpointed"), tolerance)
     return results
 
 
@@ -176,7 +178,7 @@ def test_checkpoints_grow_by_segments_and_only_for_gradients() -> None:
 
 def test_plan_covers_every_column_once() -> None:
     for lengths, H, V in [((3, 3), 3, 16), ((3, 1), 3, 16), ((5,), 1, 40), ((2, 0, 40), 2, 32), ((1,) * 7, 1, 8)]:
-        covered = plan(lengths, H, V).groups
+        covered = cpu.plan(lengths, H, V).groups
         assert sorted(covered[covered >= 0]) == list(range(len(lengths) * H))
 
 
