@@ -71,6 +71,10 @@ def test_long_wide_and_many_heads(shape) -> None:
     check(operands(*shape))
 
 
+def test_rounding_does_not_drift_where_nothing_is_forgotten() -> None:
+    check(operands(1, 3000, 1, 8, 16, scale=1e-3, log_decay=(0.0, 0.0), state=False))
+
+
 @given(
     lengths=st.lists(st.integers(0, 2 * SEGMENT + 1), min_size=1, max_size=5).filter(sum),
     H=st.integers(1, 3),
