@@ -5,23 +5,14 @@ B batch, T time, D model width, H heads, K = n_state, V = n_state * expand_v
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from e88.layers.common import RMSNorm, ShortConv, exempt_from_decay, l2_norm
+from e88.layers.common import RMSNorm, ShortConv, decay_parameters, exempt_from_decay, l2_norm, wide_dtype
 from e88.layers.mixer import Mixer, State
 from e88.models.config import E88Config
 from e88.ops import tanh_delta_rule, tanh_delta_rule_step
-
-DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 0.1, 1e-4
-
-
-def log_uniform(n: int, low: float, high: float) -> Tensor:
-    """n samples whose logarithm is uniform on [log low, log high], float32."""
-    return torch.exp(torch.rand(n) * (math.log(high) - math.log(low)) + math.log(low))
 
 
 class E88Layer(Mixer):
@@ -42,14 +33,15 @@ class E88Layer(Mixer):
         self.qkv_conv = ShortConv(sum(self.widths), config.conv) if config.conv else None
         if config.decay in ("mamba", "sigmoid"):
             self.a_proj = nn.Linear(dim, heads, bias=False)
-        dt = log_uniform(heads, DT_MIN, DT_MAX).clamp_min(DT_FLOOR)
+        A_log, dt_bias = decay_parameters(heads)
         if config.decay == "mamba":
-            self.A_log = _no_decay(torch.empty(heads).uniform_(1, 16).log())
-            self.dt_bias = _no_decay(dt + torch.log(-torch.expm1(-dt)))
-        elif config.decay == "sigmoid":
-            self.dt_bias = _no_decay(torch.log1p(-dt) - torch.log(dt))
-        elif config.decay == "constant":
-            self.decay_logit = _no_decay(torch.log1p(-dt) - torch.log(dt))
+            self.A_log, self.dt_bias = A_log, dt_bias
+        elif config.decay != "none":
+            # The same spread of time constants: a decay of 1 - dt when the projection is 0.
+            dt = F.softplus(dt_bias.detach())
+            logit = nn.Parameter(torch.log1p(-dt) - torch.log(dt))
+            exempt_from_decay(logit)
+            self.register_parameter("dt_bias" if config.decay == "sigmoid" else "decay_logit", logit)
         self.b_proj = nn.Linear(dim, heads, bias=False) if config.write_gate else None
         self.g_proj = nn.Linear(dim, heads * v_dim, bias=False) if config.gate else None
         self.o_norm = RMSNorm(v_dim) if config.head_norm else None
@@ -62,11 +54,11 @@ class E88Layer(Mixer):
         """log d_t for x [..., D]: [..., H], float32, never above 0."""
         mode, heads = self.config.decay, self.config.n_heads
         if mode == "none":
-            return x.new_zeros((*x.shape[:-1], heads), dtype=_wide(x.dtype))
+            return x.new_zeros((*x.shape[:-1], heads), dtype=wide_dtype(x.dtype))
         if mode == "constant":
             return F.logsigmoid(self.decay_logit).expand(*x.shape[:-1], heads)
         a = self.a_proj(x)
-        a = a.to(_wide(a.dtype)) + self.dt_bias
+        a = a.to(wide_dtype(a.dtype)) + self.dt_bias
         return F.logsigmoid(a) if mode == "sigmoid" else -torch.exp(self.A_log) * F.softplus(a)
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,7 +86,7 @@ class E88Layer(Mixer):
         if self.qkv_conv is not None:
             qkv, tail = self.qkv_conv(qkv, None if state is None else state["conv"])
         q, k, v = self._heads(F.silu(qkv))
-        beta = None if self.b_proj is None else torch.sigmoid(self.b_proj(x)).to(_wide(x.dtype))
+        beta = None if self.b_proj is None else torch.sigmoid(self.b_proj(x)).to(wide_dtype(x.dtype))
         y, final = tanh_delta_rule(
             q, k, v, self.log_decay(x), beta,
             initial_state=None if state is None else state["S"], output_final_state=return_state,
@@ -108,7 +100,7 @@ class E88Layer(Mixer):
 
     def init_state(self, batch: int, *, device: torch.device | None = None) -> State:
         c = self.config
-        dtype = _wide(self.o_proj.weight.dtype)
+        dtype = wide_dtype(self.o_proj.weight.dtype)
         state = {"S": torch.zeros(batch, c.n_heads, c.head_k_dim, c.head_v_dim, device=device, dtype=dtype)}
         if self.qkv_conv is not None:
             state["conv"] = self.qkv_conv.init_tail(batch, device=device)
@@ -122,19 +114,9 @@ class E88Layer(Mixer):
             qkv, new_state["conv"] = self.qkv_conv(qkv.unsqueeze(1), state["conv"])
             qkv = qkv.squeeze(1)
         q, k, v = self._heads(F.silu(qkv))
-        beta = None if self.b_proj is None else torch.sigmoid(self.b_proj(x)).to(_wide(x.dtype))
+        beta = None if self.b_proj is None else torch.sigmoid(self.b_proj(x)).to(wide_dtype(x.dtype))
         y, new_state["S"] = tanh_delta_rule_step(
             q, k, v, self.log_decay(x), beta, state=state["S"],
             activation="identity" if self.config.linear_state else "tanh", backend=self.backend,
         )  # fmt: skip
         return self._output(y, x), new_state
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _no_decay(value: Tensor) -> nn.Parameter:
-    parameter = nn.Parameter(value)
-    exempt_from_decay(parameter)
-    return parameter
