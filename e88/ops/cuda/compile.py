@@ -94,6 +94,10 @@ class Kernel:
         from cuda.bindings import driver
 
         self._driver = driver
+        error, handle = driver.cuDeviceGet(device)
+        _check(error)
+        error, self._context = driver.cuDevicePrimaryCtxRetain(handle)
+        _check(error)
         # The library keeps the handle's memory alive for the life of the process.
         error, self._library = driver.cuLibraryLoadData(code, [], [], 0, [], [], 0)
         _check(error)
@@ -102,12 +106,15 @@ class Kernel:
         self._shared_bytes = shared_bytes
         if shared_bytes:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            error, handle = driver.cuDeviceGet(device)
-            _check(error)
             _check(driver.cuKernelSetAttribute(attribute, shared_bytes, kernel, handle)[0])
         self._function = driver.CUfunction(int(kernel))
 
     def __call__(self, blocks: int, threads: int, stream: int, arguments: list[Any]) -> None:
+        # A thread that has only allocated from torch's cache, as autograd's may have, has no context of its own yet.
+        error, context = self._driver.cuCtxGetCurrent()
+        _check(error)
+        if int(context) == 0:
+            _check(self._driver.cuCtxSetCurrent(self._context)[0])
         slots = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(value) for value in arguments))
         (error,) = self._driver.cuLaunchKernel(
             self._function, blocks, 1, 1, threads, 1, 1, self._shared_bytes, stream, ctypes.addressof(slots), 0

@@ -47,7 +47,8 @@ def _plan(k: Tensor, v: Tensor, beta: Tensor | None, ends: Tensor | None, tanh: 
 
 @cache
 def _shared_bytes(device: int) -> int:
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    # Missing from torch's stubs.
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 @cache
