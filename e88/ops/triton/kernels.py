@@ -60,15 +60,23 @@ def _store(p: tl.tensor, values: tl.tensor, inside: tl.tensor, FULL: tl.constexp
 
 
 @triton.jit
+def _scalars(g: tl.tensor, beta: tl.tensor, th: tl.tensor) -> tl.tensor:
+    """The decay and the gate of step and head `th`."""
+    decay = tl.exp(tl.load(g + th))
+    if beta is None:
+        gate = 1.0
+    else:
+        gate = tl.load(beta + th)
+    return decay, gate
+
+
+@triton.jit
 def _step(
-    b_s: tl.tensor, b_k: tl.tensor, b_v: tl.tensor, g: tl.tensor, gate: tl.tensor, TANH: tl.constexpr
+    b_s: tl.tensor, b_k: tl.tensor, b_v: tl.tensor, decay: tl.tensor, gate: tl.tensor, TANH: tl.constexpr
 ) -> tl.tensor:
-    """The delta [BV] and the next state [BK, BV]; `gate` is None for 1."""
+    """The delta [BV] and the next state [BK, BV]."""
     b_e = b_v - tl.sum(b_s * b_k[:, None], 0)
-    b_w = b_e
-    if gate is not None:
-        b_w = gate * b_e
-    b_s = tl.exp(g) * b_s + b_k[:, None] * b_w[None, :]
+    b_s = decay * b_s + b_k[:, None] * (gate * b_e)[None, :]
     if TANH is not None:
         b_s = _tanh(b_s, TANH)
     return b_e, b_s
@@ -129,56 +137,52 @@ def forward_kernel(
     i_n, i_h = i_nh // H, i_nh % H
     first, steps = _sequence(ends, i_n, T)
 
-    o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
-    in_k, in_v = o_k < K, o_v < V
+    o_k, o_v = tl.arange(0, BK), tl.arange(0, BV)
+    in_k, in_v = o_k < K, i_v * BV + o_v < V
     inside = in_k[:, None] & in_v[None, :]
-    o_state = i_nh * (K * V) + o_k[:, None] * V + o_v[None, :]
-    b_s = _load(state + o_state, inside, FULL)
+    state += i_nh * (K * V) + i_v * BV
+    o_state = o_k[:, None] * V + o_v[None, :]
     SIZE: tl.constexpr = BLOCKS * BV * BK
     if saved is not None:
-        saved += ((first // SEGMENT + i_n) * H + i_h) * SIZE
-        o_saved = _panels(o_k, o_v, BK)
-        b_saved = b_s
-        if saved.dtype.element_ty == tl.float16:
-            # A given state, unlike those after a tanh, may be out of range.
-            b_saved = tl.clamp(b_s, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(saved + o_saved, b_saved.to(saved.dtype.element_ty))
-
-    q += first * q_row + i_h * K
-    k += first * k_row + i_h * K
-    v += first * v_row + i_h * V
-    y += (first * H + i_h) * V
+        saved += ((first // SEGMENT + i_n) * H + i_h) * SIZE + i_v * (BV * BK)
+    q += first * q_row + i_h * K + o_k
+    k += first * k_row + i_h * K + o_k
+    v += first * v_row + i_h * V + i_v * BV + o_v
+    y += (first * H + i_h) * V + i_v * BV + o_v
     g += first * H + i_h
     if beta is not None:
         beta += first * H + i_h
+
+    b_s = _load(state + o_state, inside, FULL)
     if steps > 0:
-        b_q, b_k = _load(q + o_k, in_k, FULL_K), _load(k + o_k, in_k, FULL_K)
-        b_v, b_g = _load(v + o_v, in_v, FULL_V), tl.load(g)
-        gate = None
-        if beta is not None:
-            gate = tl.load(beta)
-        for i in range(steps):
-            # The next step's inputs are on their way while this one is computed; the last step's are read again.
-            more = (i + 1 < steps).to(tl.int32)
-            q += more * q_row
-            k += more * k_row
-            v += more * v_row
-            g += more * H
-            next_q, next_k = _load(q + o_k, in_k, FULL_K), _load(k + o_k, in_k, FULL_K)
-            next_v, next_g = _load(v + o_v, in_v, FULL_V), tl.load(g)
-            if beta is not None:
-                beta += more * H
-                next_gate = tl.load(beta)
-            b_e, b_s = _step(b_s, b_k, b_v, b_g, gate, TANH)
-            _store(y + o_v, tl.sum(b_s * b_q[:, None], 0), in_v, FULL_V)
-            y += H * V
+        b_q, b_k, b_v = _load(q, in_k, FULL_K), _load(k, in_k, FULL_K), _load(v, in_v, FULL_V)
+        decay, gate = _scalars(g, beta, 0)
+        for done in range(0, steps, SEGMENT):
             if saved is not None:
-                if (i + 1) % SEGMENT == 0 and i + 1 < steps:
-                    saved += H * SIZE
-                    tl.store(saved + o_saved, b_s.to(saved.dtype.element_ty))
-            b_q, b_k, b_v, b_g = next_q, next_k, next_v, next_g
+                b_saved = b_s
+                if saved.dtype.element_ty == tl.float16:
+                    # A given state, unlike those after a tanh, may be out of range.
+                    b_saved = tl.clamp(b_s, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
+                tl.store(saved + _panels(o_k, o_v, BK), b_saved.to(saved.dtype.element_ty))
+                saved += H * SIZE
+            # From here on steps are counted within the segment, in 32 bits.
+            left = steps - done
+            for i in range(tl.minimum(SEGMENT, left)):
+                # The next step's inputs are on their way while this one is computed.
+                n = tl.minimum(i + 1, left - 1)
+                next_q, next_k = _load(q + n * q_row, in_k, FULL_K), _load(k + n * k_row, in_k, FULL_K)
+                next_v = _load(v + n * v_row, in_v, FULL_V)
+                next_decay, next_gate = _scalars(g, beta, n * H)
+                b_e, b_s = _step(b_s, b_k, b_v, decay, gate, TANH)
+                _store(y + i * H * V, tl.sum(b_s * b_q[:, None], 0), in_v, FULL_V)
+                b_q, b_k, b_v, decay, gate = next_q, next_k, next_v, next_decay, next_gate
+            q += SEGMENT * q_row
+            k += SEGMENT * k_row
+            v += SEGMENT * v_row
+            y += SEGMENT * H * V
+            g += SEGMENT * H
             if beta is not None:
-                gate = next_gate
+                beta += SEGMENT * H
     _store(state + o_state, b_s, inside, FULL)
 
 
@@ -228,24 +232,28 @@ def backward_kernel(
     i_n, i_h = i_nh // H, i_nh % H
     first, steps = _sequence(ends, i_n, T)
 
-    o_k, o_b = tl.arange(0, BK), tl.arange(0, BV)
-    o_v = i_v * BV + o_b
-    in_k, in_v = o_k < K, o_v < V
+    o_k, o_v = tl.arange(0, BK), tl.arange(0, BV)
+    in_k, in_v = o_k < K, i_v * BV + o_v < V
     inside = in_k[:, None] & in_v[None, :]
-    o_state = i_nh * (K * V) + o_k[:, None] * V + o_v[None, :]
+    dstate += i_nh * (K * V) + i_v * BV
+    o_state = o_k[:, None] * V + o_v[None, :]
     SIZE: tl.constexpr = BLOCKS * BV * BK
-    o_saved, o_tile = _panels(o_k, o_v, BK), _panels(o_k, o_b, BK)
-    saved += ((first // SEGMENT + i_n) * H + i_h) * SIZE
+    saved += ((first // SEGMENT + i_n) * H + i_h) * SIZE + i_v * (BV * BK)
+    o_saved = _panels(o_k, o_v, BK)
     states += pid * (SEGMENT * BK * BV)
     deltas += pid * (SEGMENT * BV)
-    q += i_h * K
-    k += i_h * K
-    v += i_h * V
-    dq += i_v * tokens * H * K + i_h * K
-    dk += i_v * tokens * H * K + i_h * K
-    dg += i_v * tokens * H
+    q += i_h * K + o_k
+    k += i_h * K + o_k
+    v += i_h * V + i_v * BV + o_v
+    dy += i_h * V + i_v * BV + o_v
+    dv += i_h * V + i_v * BV + o_v
+    dq += (i_v * tokens * H + i_h) * K + o_k
+    dk += (i_v * tokens * H + i_h) * K + o_k
+    g += i_h
+    dg += i_v * tokens * H + i_h
     if beta is not None:
-        dbeta += i_v * tokens * H
+        beta += i_h
+        dbeta += i_v * tokens * H + i_h
 
     b_G = _load(dstate + o_state, inside, FULL)
     segments = (steps + SEGMENT - 1) // SEGMENT
@@ -254,48 +262,59 @@ def backward_kernel(
         start = first + i_s * SEGMENT
         length = tl.minimum(SEGMENT, steps - i_s * SEGMENT)
         b_s = tl.load(saved + i_s.to(tl.int64) * H * SIZE + o_saved).to(tl.float32)
+        # From here on steps are counted within the segment, in 32 bits.
+        q_s, k_s, v_s = q + start * q_row, k + start * k_row, v + start * v_row
+        th = start * H
+        g_s, dg_s, dy_s, dv_s = g + th, dg + th, dy + th * V, dv + th * V
+        dq_s, dk_s = dq + th * K, dk + th * K
+        beta_s, dbeta_s = beta, dbeta
+        if beta is not None:
+            beta_s, dbeta_s = beta + th, dbeta + th
+
         # The last walk is done reading what this replay overwrites.
         tl.debug_barrier()
+        # In both loops the next step's inputs are on their way while one step is computed.
+        b_k, b_v = _load(k_s, in_k, FULL_K), _load(v_s, in_v, FULL_V)
+        decay, gate = _scalars(g_s, beta_s, 0)
         for i in range(length):
-            t = start + i
-            b_k, b_v = _load(k + t * k_row + o_k, in_k, FULL_K), _load(v + t * v_row + o_v, in_v, FULL_V)
-            gate = None
-            if beta is not None:
-                gate = tl.load(beta + t * H + i_h)
-            tl.store(states + i * (BK * BV) + o_tile, b_s.to(states.dtype.element_ty))
-            b_e, b_s = _step(b_s, b_k, b_v, tl.load(g + t * H + i_h), gate, TANH)
-            tl.store(deltas + i * BV + o_b, b_e)
+            n = tl.minimum(i + 1, length - 1)
+            next_k, next_v = _load(k_s + n * k_row, in_k, FULL_K), _load(v_s + n * v_row, in_v, FULL_V)
+            next_decay, next_gate = _scalars(g_s, beta_s, n * H)
+            tl.store(states + i * (BK * BV) + o_saved, b_s.to(states.dtype.element_ty))
+            b_e, b_s = _step(b_s, b_k, b_v, decay, gate, TANH)
+            tl.store(deltas + i * BV + o_v, b_e)
+            b_k, b_v, decay, gate = next_k, next_v, next_decay, next_gate
         tl.debug_barrier()
 
-        b_before = tl.load(states + (length - 1) * (BK * BV) + o_tile)
+        n = length - 1
+        b_q, b_k = _load(q_s + n * q_row, in_k, FULL_K), _load(k_s + n * k_row, in_k, FULL_K)
+        b_dy, b_e = _load(dy_s + n * H * V, in_v, FULL_V), tl.load(deltas + n * BV + o_v)
+        decay, gate = _scalars(g_s, beta_s, n * H)
+        b_half = tl.load(states + n * (BK * BV) + o_saved)
         for j in range(length):
             i = length - 1 - j
-            t = start + i
-            th = t * H + i_h
-            b_last = b_before.to(tl.float32)
-            b_before = tl.load(states + tl.maximum(i - 1, 0) * (BK * BV) + o_tile)
-            b_q, b_k = _load(q + t * q_row + o_k, in_k, FULL_K), _load(k + t * k_row + o_k, in_k, FULL_K)
-            b_dy, b_e = _load(dy + th * V + o_v, in_v, FULL_V), tl.load(deltas + i * BV + o_b)
-            decay = tl.exp(tl.load(g + th))
+            n = tl.maximum(i - 1, 0)
+            next_q, next_k = _load(q_s + n * q_row, in_k, FULL_K), _load(k_s + n * k_row, in_k, FULL_K)
+            next_dy, next_e = _load(dy_s + n * H * V, in_v, FULL_V), tl.load(deltas + n * BV + o_v)
+            next_decay, next_gate = _scalars(g_s, beta_s, n * H)
+            b_before = b_half.to(tl.float32)
+            b_half = tl.load(states + n * (BK * BV) + o_saved)
 
-            b_dq = tl.sum(b_s * b_dy[None, :], 1)
             b_G += b_q[:, None] * b_dy[None, :]
+            b_dq = tl.sum(b_s * b_dy[None, :], 1)
             b_Z = b_G
             if TANH is not None:
                 b_Z = b_G * (1.0 - b_s * b_s)
             b_dw = tl.sum(b_Z * b_k[:, None], 0)
-            b_w = b_e
-            b_dv = b_dw
+            b_dv = gate * b_dw
+            b_dk = tl.sum(b_Z * (gate * b_e)[None, :] - b_before * b_dv[None, :], 1)
+            tl.store(dg_s + i * H, decay * tl.sum(tl.reshape(b_Z * b_before, [BK * BV], can_reorder=True), 0))
             if beta is not None:
-                gate = tl.load(beta + th)
-                tl.store(dbeta + th, tl.sum(b_dw * b_e, 0))
-                b_w = gate * b_e
-                b_dv = gate * b_dw
-            b_dk = tl.sum(b_Z * b_w[None, :] - b_last * b_dv[None, :], 1)
-            tl.store(dg + th, decay * tl.sum(tl.sum(b_Z * b_last, 0), 0))
+                tl.store(dbeta_s + i * H, tl.sum(b_dw * b_e, 0))
             b_G = decay * b_Z - b_k[:, None] * b_dv[None, :]
-            b_s = b_last
-            _store(dv + th * V + o_v, b_dv, in_v, FULL_V)
-            _store(dq + t * (H * K) + o_k, b_dq, in_k, FULL_K)
-            _store(dk + t * (H * K) + o_k, b_dk, in_k, FULL_K)
+            _store(dv_s + i * H * V, b_dv, in_v, FULL_V)
+            _store(dq_s + i * H * K, b_dq, in_k, FULL_K)
+            _store(dk_s + i * H * K, b_dk, in_k, FULL_K)
+            b_s, b_q, b_k, b_dy, b_e = b_before, next_q, next_k, next_dy, next_e
+            decay, gate = next_decay, next_gate
     _store(dstate + o_state, b_G, inside, FULL)
