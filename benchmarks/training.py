@@ -25,14 +25,14 @@ from e88 import runtime
 from e88.layers import e88 as layer
 from e88.models.config import E88Config, ModelConfig
 from e88.models.lm import LanguageModel
-from e88.ops import record_backends, tanh_delta_rule
+from e88.ops import record_backends
+from e88.ops.accuracy import TOLERANCE, Shape, check
 from e88.sizing.presets import preset
 from e88.training.config import Budget, TrainingConfig
 from e88.training.loop import autocast
 from e88.training.optimizer import Optimizer
 
 DEMO = ["tiny-e88", "tiny-gdn", "tiny-mamba2", "tiny-transformer"]
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
 
 
 def no_recurrence(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None = None, **_: object) -> tuple:
@@ -64,25 +64,9 @@ class Step:
 
 
 def recurrence_error(config: E88Config, device: torch.device, dtype: torch.dtype) -> float:
-    """The largest relative error of output and gradients against float64, at the model's head shape, T = 70."""
-    torch.manual_seed(0)
-    B, T, H, K, V = 2, 70, min(config.n_heads, 4), config.head_k_dim, config.head_v_dim
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device).to(dtype)
-
-    q, k = (torch.nn.functional.normalize(draw(B, T, H, K), dim=-1) for _ in range(2))
-    inputs = [q, k, draw(B, T, H, V), -torch.rand(B, T, H, device=device)]
-    cotangent = draw(B, T, H, V)
-
-    def results(tensors: list[Tensor]) -> list[Tensor]:
-        leaves = [t.detach().requires_grad_() for t in tensors]
-        y, _ = tanh_delta_rule(*leaves)
-        return [y, *torch.autograd.grad(y, leaves, cotangent.to(y.dtype))]
-
-    exact = results([t.double() for t in inputs])
-    pairs = zip(results(inputs), exact, strict=True)
-    return max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
+    """The largest relative error of the recurrence against float64, at the model's head shape."""
+    shape = Shape(2, 70, min(config.n_heads, 4), config.head_k_dim, config.head_v_dim)
+    return max(check(shape, device, dtype).values())
 
 
 def timed(step: Callable[[], None], device: torch.device) -> float:

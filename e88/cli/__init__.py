@@ -11,6 +11,7 @@ import typer
 
 from e88.errors import UserError
 
+EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_DIVERGED = 3
 

@@ -9,9 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from e88.cli import EXIT_DIVERGED, app, options
-
-EXIT_FAILED = 1
+from e88.cli import EXIT_DIVERGED, EXIT_FAILED, app, options
 
 
 @app.command()

@@ -7,21 +7,34 @@ from typing import Annotated, Any
 
 import typer
 
-from e88.cli import app
+from e88.cli import EXIT_FAILED, app, options
 
 
 @app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
-    """Say what this machine can run: hardware, packages, operator backends, and the reason for what it cannot."""
+def doctor(
+    kernels: Annotated[bool, typer.Option("--kernels", help="Also check the kernels against float64.")] = False,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """Say what this machine can run: hardware, packages, operator backends, and the reason for what it cannot.
+
+    With --kernels: which backend each shape gets, and how far it is from float64. Exit code 1 where one is wrong.
+    """
     facts = _facts()
+    if kernels:
+        facts["kernels"] = _kernels(device)
+    wrong = [shape for shape, row in facts.get("kernels", {}).items() if not row["ok"]]
     if as_json:
         print(json.dumps(facts))
-        return
-    width = max(len(key) for part in facts.values() for key in part)
-    for title, part in facts.items():
-        print(title)
-        for key, value in part.items():
-            print(f"  {key:<{width}}  {value if value is not None else 'not installed'}")
+    else:
+        width = max(len(key) for part in facts.values() for key in part)
+        for title, part in facts.items():
+            print(title)
+            for key, value in part.items():
+                text = _verdict(value) if title == "kernels" else "not installed" if value is None else value
+                print(f"  {key:<{width}}  {text}")
+    if wrong:
+        raise typer.Exit(EXIT_FAILED)
 
 
 def _facts() -> dict[str, dict[str, Any]]:
@@ -46,3 +59,34 @@ def _facts() -> dict[str, dict[str, Any]]:
         "packages": {**runtime.versions(), **{p: None for p in runtime.PACKAGES if not runtime.package_version(p)}},
         "operator backends": {n: "ready" if why is None else f"no: {why}" for n, why in available_backends().items()},
     }
+
+
+def _kernels(device: str) -> dict[str, dict[str, Any]]:
+    """For shapes a model may have: the backend that `auto` takes, its largest relative error, and where it is."""
+    import torch
+
+    from e88.ops import record_backends
+    from e88.ops.accuracy import TOLERANCE, Shape, check
+    from e88.runtime import choose_device
+
+    where = choose_device(device)
+    dtypes = (torch.float32,) if where.type == "cpu" else (torch.float32, torch.bfloat16)
+    sizes = [(8, 8), (16, 16), (24, 24), (32, 32), (48, 48), (64, 64), (128, 128), (32, 64), (64, 32)]
+    shapes = [Shape(2, 67, 3, K, V) for K, V in sizes] + [Shape(1, 1, 1, 32, 32), Shape(1, 1025, 2, 32, 32)]
+    rows = {}
+    for dtype in dtypes:
+        for shape in shapes:
+            with record_backends() as used:
+                errors = check(shape, where, dtype)
+            # The float64 side of the check runs on the plain backend, which is no news.
+            backend = "/".join(sorted(used - {"checkpointed"})) or "checkpointed"
+            worst = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else float("inf"))
+            ok = errors[worst] <= TOLERANCE[dtype]
+            key = f"{str(dtype).removeprefix('torch.')} {shape}"
+            rows[key] = {"backend": backend, "error": errors[worst], "tensor": worst, "ok": ok}
+    return rows
+
+
+def _verdict(row: dict[str, Any]) -> str:
+    mark = "ok" if row["ok"] else "WRONG"
+    return f"{row['backend']:<12} {mark:<5} largest relative error {row['error']:.1e} ({row['tensor']})"

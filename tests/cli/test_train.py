@@ -140,5 +140,22 @@ def test_doctor_names_every_backend_and_missing_package(e88):
     facts = json.loads(out)
     assert code == 0 and facts["operator backends"]["numba"] == "ready"
     assert facts["packages"]["torch"] == torch.__version__
+    code, out, _ = e88("doctor", "--kernels", "--device", "cpu", "--json")
+    checks = json.loads(out)["kernels"]
+    assert code == 0 and len(checks) > 8 and all(row["ok"] and row["backend"] == "numba" for row in checks.values())
     code, out, _ = e88("doctor")
     assert code == 0 and "numba" in out and "operator backends" in out
+
+
+def test_doctor_tells_a_wrong_kernel(e88, monkeypatch):
+    import e88.ops.cpu as cpu
+
+    right = cpu.run
+
+    def wrong(*arguments):
+        y, final = right(*arguments)
+        return y * 1.001, final
+
+    monkeypatch.setattr(cpu, "run", wrong)
+    code, out, _ = e88("doctor", "--kernels", "--device", "cpu")
+    assert code == 1 and "WRONG" in out
