@@ -41,7 +41,10 @@ class E88Layer(Mixer):
             dt = F.softplus(dt_bias.detach())
             logit = nn.Parameter(torch.log1p(-dt) - torch.log(dt))
             exempt_from_decay(logit)
-            self.register_parameter("dt_bias" if config.decay == "sigmoid" else "decay_logit", logit)
+            if config.decay == "sigmoid":
+                self.dt_bias = logit
+            else:
+                self.decay_logit = logit
         self.b_proj = nn.Linear(dim, heads, bias=False) if config.write_gate else None
         self.g_proj = nn.Linear(dim, heads * v_dim, bias=False) if config.gate else None
         self.o_norm = RMSNorm(v_dim) if config.head_norm else None
