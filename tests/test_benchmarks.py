@@ -1,0 +1,44 @@
+"""The benchmark scripts run, and refuse to report the speed of a kernel that is wrong."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(name, monkeypatch, capsys, *arguments):
+    module = load(name)
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    code = module.main()
+    return code, capsys.readouterr().out
+
+
+SMALL = ("tiny-e88", "--batch-size", "1", "--window", "16", "--seconds", "0", "--device", "cpu")
+
+
+def test_training_reports_the_share_of_the_ceiling_and_a_profile(monkeypatch, capsys):
+    code, out = run("training", monkeypatch, capsys, *SMALL, "--json")
+    result = json.loads(out)
+    assert code == 0
+    assert result["models"]["tiny-e88"]["share_of_ceiling"] > 0
+    assert result["environment"]["backends"] == ["numba"]
+    assert any("Recurrence" in row["operation"] for row in result["profile"])
+
+
+def test_training_reports_no_speed_for_a_wrong_kernel(monkeypatch, capsys):
+    import e88.ops.cpu as cpu
+
+    right = cpu.run
+    monkeypatch.setattr(cpu, "run", lambda *a: (right(*a)[0] * 1.001, right(*a)[1]))
+    code, out = run("training", monkeypatch, capsys, *SMALL)
+    assert code == 1 and "no speed is reported" in out and "tok/s" not in out
