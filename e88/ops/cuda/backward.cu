@@ -32,6 +32,7 @@ constexpr int KEY_TASKS = (SEGMENT * ROW_LANES + THREADS - 1) / THREADS;
 constexpr int VALUE_TASKS = ((SEGMENT + 1) * COLS / 16 + THREADS - 1) / THREADS;
 // Whether registers allow the next state to be loaded early too.
 constexpr bool EARLY = TILES * K <= 64;
+constexpr int REPLAY_UNROLL = REPLAY, WALK_UNROLL = WALK;
 constexpr int OUTPUTS = (ROW_TILES + 1) / 2;
 
 // Where several blocks share a head, each writes float32 parts of dq, dk, dg and dbeta for the host to add.
@@ -229,7 +230,7 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
     __syncthreads();
 
     u32 split[SPLIT], pairs[K / 8];
-#pragma unroll 1
+#pragma unroll REPLAY_UNROLL
     for (int s = 0; s < steps; s++) {
       const Step& step = sm[s];
       char* tile = tiles + (s + 1) * TILE_BYTES;
@@ -268,7 +269,7 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
     __syncwarp();
 
     // Here G is the gradient of S_{s+1} and S is S_{s+1}.
-#pragma unroll 1
+#pragma unroll WALK_UNROLL
     for (int s = steps - 1; s >= 0; s--) {
       Step& step = sm[s];
       char* tile = tiles + (s + 1) * TILE_BYTES;

@@ -11,9 +11,9 @@
 //
 // S_t serves dq_t and the second half of dk_{t+1} in one product, so dk is finished one step, perhaps one segment, late.
 #include "tile.cuh"
-#include "tile_columns.cuh"
+#include "tiles32.cuh"
 
-constexpr int WORDS = PRECISE ? 16 : 8;
+constexpr int WORDS = 16;
 
 struct Shared {
   // Loops look one step ahead: k has a row after its last, q and dy have a row of zeros before their first.
@@ -41,23 +41,10 @@ typedef float summed;
 DEVICE void store_sum(summed* p, const float (&x)[8]) { store_floats(p, x); }
 #endif
 
-// A power of two that brings the largest of the even lanes' values near 1, another for the odd lanes, and their inverses.
-// fp16 tiles need it, because gradients may lie outside fp16's range.
-DEVICE void scale_for_fp16(float largest, bool odd, float& scale, float& inverse) {
-  u32 even_bits = __reduce_max_sync(ALL, odd ? 0u : __float_as_uint(largest));
-  u32 odd_bits = __reduce_max_sync(ALL, odd ? __float_as_uint(largest) : 0u);
-  u32 exponent = (odd ? odd_bits : even_bits) & 0x7f800000u;
-  inverse = bits_float(exponent);
-  scale = bits_float(0x7f000000u - exponent);
-}
-
 // c[u] (rows 16 u + g and + 8 of tile u) += tile^T x for the 16 columns from j0, with x given by columns: even lanes hold
 // one vector, odd lanes the other, and the results are c[..][0], [2] for the first and [1], [3] for the second.
-template <bool STATE>
-DEVICE void dot_columns(float (&c)[ROW_TILES][4], const char* tile, int j0, u32 address, u32 half_address, int lane,
-                        const u32 (&x)[PRECISE ? 2 : 1]) {
+DEVICE void dot_columns(float (&c)[ROW_TILES][4], const char* tile, int j0, int lane, const u32 (&x)[2]) {
   const int t = lane & 3, odd = lane >> 2 & 1;
-#if PRECISE
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     float b0 = bits_float(__shfl_sync(ALL, x[half], 4 * t + odd)), b1 = bits_float(__shfl_sync(ALL, x[half], 16 + 4 * t + odd));
@@ -69,15 +56,6 @@ DEVICE void dot_columns(float (&c)[ROW_TILES][4], const char* tile, int j0, u32 
       mma_float(c[u], p[0], full ? p[8] : 0.f, p[PITCH], full ? p[PITCH + 8] : 0.f, b0, b1);
     }
   }
-#else
-  u32 b0 = __shfl_sync(ALL, x[0], 4 * t + odd), b1 = __shfl_sync(ALL, x[0], 16 + 4 * t + odd);
-#pragma unroll
-  for (int u = 0; u < ROW_TILES; u++) {
-    u32 a[4];
-    transposed_tile(a, 16 * u + 8 < K ? address : half_address, u);
-    mma_16bit<STATE && TANH>(c[u], a, b0, b1);
-  }
-#endif
 }
 
 // Sequences, steps and heads are laid out as in forward.cu. dy, dv: [tokens, H, V]; dq, dk: [SPLITS, tokens, H, K];
@@ -85,7 +63,7 @@ DEVICE void dot_columns(float (&c)[ROW_TILES][4], const char* tile, int j0, u32 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 e88_backward(const element* __restrict__ q, const element* __restrict__ k, const element* __restrict__ v,
              const float* __restrict__ g, const float* __restrict__ beta, const i64* __restrict__ ends,
-             const saved* __restrict__ checkpoints, const element* __restrict__ dy, const float* __restrict__ dfinal,
+             const float* __restrict__ checkpoints, const element* __restrict__ dy, const float* __restrict__ dfinal,
              summed* __restrict__ dq, summed* __restrict__ dk, element* __restrict__ dv, float* __restrict__ dg,
              float* __restrict__ dbeta, float* __restrict__ dinitial, int q_step, int k_step, int v_step, i64 tokens,
              int T, int H) {
@@ -124,12 +102,6 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
         G[m][c][r] = dfinal && first + j < V ? dfinal[state_at + row_of(r, t) * V + j] : 0.f;
       }
 
-  u32 address[TILES], half_address[TILES];
-#pragma unroll
-  for (int m = 0; m < TILES; m++) {
-    address[m] = transposed_address(tiles, column - group + 16 * m, lane, false);
-    half_address[m] = transposed_address(tiles, column - group + 16 * m, lane, true);
-  }
   // Even lanes deliver dq, odd lanes dk, each for every other row tile.
   const bool odd = t & 1, upper = t & 2;
   constexpr int OUTPUTS = (ROW_TILES + 1) / 2;
@@ -151,37 +123,24 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
 #pragma unroll
     for (int m = 0; m < TILES; m++) {
       const u32* words = sm.e[s][warp * TILES + m];
-#if PRECISE
       u32 e[2] = {zero ? 0 : words[group], zero ? 0 : words[group + 8]};
-#else
-      u32 e[1] = {zero ? 0 : words[group]};
-#endif
-      dot_columns<false>(c, tiles + (s + 1) * TILE_BYTES, column - group + 16 * m, address[m] + (s + 1) * TILE_BYTES,
-                         half_address[m] + (s + 1) * TILE_BYTES, lane, e);
+      dot_columns(c, tiles + (s + 1) * TILE_BYTES, column - group + 16 * m, lane, e);
     }
   };
   // dq of step s (if s >= 0) and dk of step s + 1: S_{s+1} times dy_s and times the de after it, and dP_{s+1} e_{s+1},
   // which is in `pending` for the last step of a segment.
   auto finish_keys = [&](int s, bool last) {
-    float c[ROW_TILES][4] = {}, written[ROW_TILES][4] = {}, scale = 1, inverse = 1;
-    float mine[TILES][2], largest = 0;
+    float c[ROW_TILES][4] = {}, written[ROW_TILES][4] = {}, mine[TILES][2];
 #pragma unroll
     for (int m = 0; m < TILES; m++)
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         mine[m][h] = odd ? -de[m][h] : sm.dy[s + 1][column + 16 * m + 8 * h];
-        largest = fmaxf(largest, fabsf(mine[m][h]));
       }
-    if (TANH && !PRECISE) scale_for_fp16(largest, odd, scale, inverse);
 #pragma unroll
     for (int m = 0; m < TILES; m++) {
-#if PRECISE
       u32 x[2] = {__float_as_uint(mine[m][0]), __float_as_uint(mine[m][1])};
-#else
-      u32 x[1] = {pack_state(mine[m][0] * scale, mine[m][1] * scale)};
-#endif
-      dot_columns<true>(c, tiles + (s + 1) * TILE_BYTES, column - group + 16 * m, address[m] + (s + 1) * TILE_BYTES,
-                        half_address[m] + (s + 1) * TILE_BYTES, lane, x);
+      dot_columns(c, tiles + (s + 1) * TILE_BYTES, column - group + 16 * m, lane, x);
     }
     // The tile of a step that does not exist is replaced by one that holds numbers, times zero.
     const int after = last ? s : s + 1;
@@ -192,7 +151,7 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
     for (int x = 0; x < OUTPUTS; x++)
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        float value = share(c, x, h) * inverse + pending[x][h];
+        float value = share(c, x, h) + pending[x][h];
         if (s >= 0) value += gate * share(written, x, h);
         pending[x][h] = 0;
         if ((odd || s >= 0) && 32 * x + 16 * upper + 8 * h < K) out[32 * x + 8 * h] = value;
@@ -210,7 +169,7 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
 #pragma unroll
         for (int c = 0; c < 2; c++) {
           int j = column + 16 * m + 8 * c;
-          if (V % COLS == 0 || first + j < V) restore_column(S[m][c], checkpoints + (i64)segment * (H * K * V) + (i64)j * K, t);
+          if (V % COLS == 0 || first + j < V) load_rows(S[m][c], checkpoints + (i64)segment * (H * K * V) + (i64)j * K, t);
           else
 #pragma unroll
             for (int r = 0; r < ROWS; r++) S[m][c][r] = 0;
@@ -244,7 +203,7 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
 #pragma unroll
       for (int m = 0; m < TILES; m++)
 #pragma unroll
-        for (int c = 0; c < 2; c++) store_column(tiles, column + 16 * m + 8 * c, t, S[m][c], pack_state);
+        for (int c = 0; c < 2; c++) store_column(column_of(tiles, column + 16 * m + 8 * c), t, S[m][c]);
     }
     __syncthreads();
 
@@ -275,14 +234,10 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
         dot_rows<1>(dots[m], S[m], x);
         u32* words = sm.e[s][warp * TILES + m];
         if (t == 0) {
-#if PRECISE
           words[group] = __float_as_uint(e[0]), words[group + 8] = __float_as_uint(e[1]);
-#else
-          words[group] = pack_bf16(e[0], e[1]);
-#endif
         }
 #pragma unroll
-        for (int c = 0; c < 2; c++) store_column(tile, column + 16 * m + 8 * c, t, S[m][c], pack_state);
+        for (int c = 0; c < 2; c++) store_column(column_of(tile, column + 16 * m + 8 * c), t, S[m][c]);
       }
     }
     __syncwarp();
@@ -320,8 +275,8 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
         const int j = column + 16 * m;
 #pragma unroll
         for (int c = 0; c < 2; c++) {
-          store_column(tile, j + 8 * c, t, G[m][c], pack_bf16);
-          load_column(S[m][c], tile - TILE_BYTES, j + 8 * c, t);
+          store_column(column_of(tile, j + 8 * c), t, G[m][c]);
+          load_rows(S[m][c], column_of(tile - TILE_BYTES, j + 8 * c), t);
           const float dout = sm.dy[s][j + 8 * c];
 #pragma unroll
           for (int r = 0; r < ROWS; r++) {
@@ -335,11 +290,7 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
           if (BETA && t == 0) {
             float low, high;
             const u32* words = sm.e[s][warp * TILES + m];
-#if PRECISE
             low = bits_float(words[group]), high = bits_float(words[group + 8]);
-#else
-            unpack_bf16(words[group], low, high);
-#endif
             dot_beta += du * (c ? high : low);
           }
           de[m][c] = BETA ? sm.beta[s] * du : du;

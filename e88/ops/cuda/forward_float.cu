@@ -1,7 +1,7 @@
 // The forward pass: y and the final state, and for training the state before every SEGMENT-th step.
 // Sizes, letters and the lane layout are those of tile.cuh.
 #include "tile.cuh"
-#include "tile_columns.cuh"
+#include "tiles32.cuh"
 
 static_assert(CHUNK % SEGMENT == 0, "a chunk is whole segments");
 constexpr int KEY_PIECES = (CHUNK * K / 8 + THREADS - 1) / THREADS;
@@ -22,7 +22,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 e88_forward(const element* __restrict__ q, const element* __restrict__ k, const element* __restrict__ v,
             const float* __restrict__ g, const float* __restrict__ beta, const float* __restrict__ initial_state,
             const i64* __restrict__ ends, element* __restrict__ y, float* __restrict__ final_state,
-            saved* __restrict__ checkpoints, int q_step, int k_step, int v_step, int T, int H) {
+            float* __restrict__ checkpoints, int q_step, int k_step, int v_step, int T, int H) {
   __shared__ __align__(16) Shared sm;
   const int tid = threadIdx.x, lane = tid & 31, group = lane >> 2, t = lane & 3;
   const int column = tid / 32 * 16 * TILES + group;
@@ -100,14 +100,13 @@ e88_forward(const element* __restrict__ q, const element* __restrict__ k, const 
 #pragma unroll 1
     for (int part = 0; part < steps; part += SEGMENT) {
       if (checkpoints) {
-        saved* row = checkpoints + (i64)((s0 + part) / SEGMENT) * (H * K * V);
+        float* row = checkpoints + (i64)((s0 + part) / SEGMENT) * (H * K * V);
 #pragma unroll
         for (int m = 0; m < TILES; m++)
 #pragma unroll
           for (int c = 0; c < 2; c++) {
             int j = column + 16 * m + 8 * c;
-            if (s0 + part == 0) clamp_for_saving(S[m][c]);
-            if (V % COLS == 0 || first + j < V) save_column(row + j * K, t, S[m][c]);
+            if (V % COLS == 0 || first + j < V) store_column(row + j * K, t, S[m][c]);
           }
       }
       const int end = min(part + SEGMENT, steps);

@@ -14,7 +14,8 @@ class Plan:
     """One compilation: `K` rows and `V` columns of the state, and the choices that depend on them.
 
     `cols` columns a block, 16 * `tiles` a warp, checkpoints every `segment` steps, inputs staged `chunk` steps at a
-    time on the way forward, at least `forward_blocks` and `backward_blocks` resident on a multiprocessor.
+    time on the way forward, at least `forward_blocks` and `backward_blocks` resident on a multiprocessor. The backward loops over
+    steps are unrolled `replay` and `walk` times.
     """
 
     K: int
@@ -29,6 +30,8 @@ class Plan:
     forward_tiles: int
     forward_blocks: int
     backward_blocks: int
+    replay: int = 1
+    walk: int = 1
 
     @property
     def precise(self) -> bool:
@@ -75,9 +78,10 @@ class Plan:
             "DTYPE": DTYPES[self.dtype],
             "TANH": int(self.tanh),
             "BETA": int(self.beta),
-            "PRECISE": int(self.precise),
             "SHARED": self.shared_bytes,
             "SAVE": int(save),
+            "REPLAY": self.replay,
+            "WALK": self.walk,
         }
 
 
@@ -104,14 +108,14 @@ def make_plan(
         if dtype == torch.float32 or not tanh:
             plan = Plan(K, V, dtype, tanh, beta, min(cols, 32), 1, 4, 4, 1, 1, 1)
         elif K <= 16:
-            plan = Plan(K, V, dtype, tanh, beta, cols, 1, 8, 16, 1, 1, 16 * 16 // cols)
+            plan = Plan(K, V, dtype, tanh, beta, cols, 1, 8, 16, 1, 1, 16 * 16 // cols, 4, 2)
         elif K <= 32:
-            segment, chunk, blocks = (16, 32, 4) if heads <= FEW_HEADS else (8, 16, 8)
-            plan = Plan(K, V, dtype, tanh, beta, cols, 1, segment, chunk, 1, 1, max(1, blocks * 32 // max(cols, 32)))
+            segment, chunk, blocks, walk = (16, 32, 4, 4) if heads <= FEW_HEADS else (8, 16, 8, 1)
+            plan = Plan(K, V, dtype, tanh, beta, cols, 1, segment, chunk, 1, 1, max(1, blocks * 32 // max(cols, 32)), 4, walk)
         elif K <= 64:
-            plan = Plan(K, V, dtype, tanh, beta, cols, 1, 8, 16, 1, 1, 2)
+            plan = Plan(K, V, dtype, tanh, beta, cols, 1, 8, 16, 1, 1, 2, 4)
         else:
-            plan = Plan(K, V, dtype, tanh, beta, cols, 1, 4, 8, 1, 1, 2)
+            plan = Plan(K, V, dtype, tanh, beta, cols, 1, 4, 8, 1, 1, 2, 2)
         if plan.shared_bytes <= limit or plan.cols == 16:
             return plan
         cols = plan.cols // 2

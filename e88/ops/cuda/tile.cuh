@@ -6,8 +6,8 @@
 // That is the layout of the A operand of mma.m16n8k8 (tf32), so products over rows, S^T k, need no data movement.
 // Products over columns, S e, read tiles of 16-bit copies of S from shared memory, transposed on the way (ldmatrix).
 //
-// Set by the host: K, V, COLS, TILES, SEGMENT, CHUNK, BLOCKS (per multiprocessor), DTYPE (0 bf16, 1 fp16, 2 fp32),
-// TANH, BETA, PRECISE (float32 inputs: every product in three tf32 parts, float32 tiles, exact tanh).
+// Set by the host: K, V, COLS, TILES, SEGMENT, CHUNK, BLOCKS (per multiprocessor), DTYPE (0 bf16, 1 fp16, 2 float32),
+// TANH, BETA, SAVE. The kernels in *_float.cu serve float32 inputs and the linear recurrence, the others the rest.
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned long long u64;
@@ -49,23 +49,6 @@ DEVICE void unpack_bf16(u32 x, float& low, float& high) {
 DEVICE void unpack_fp16(u32 x, float& low, float& high) {
   asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}"
       : "=f"(low), "=f"(high) : "r"(x));
-}
-
-// Tiles hold fp16 under tanh, whose range they share, and bf16 without it.
-DEVICE u32 pack_state(float low, float high) { return TANH ? pack_fp16(low, high) : pack_bf16(low, high); }
-DEVICE void unpack_state(u32 x, float& low, float& high) {
-  if (TANH) unpack_fp16(x, low, high); else unpack_bf16(x, low, high);
-}
-
-DEVICE float activate(float x) {
-#if !TANH
-  return x;
-#elif PRECISE
-  return tanhf(x);
-#else
-  asm("tanh.approx.f32 %0, %0;" : "+f"(x));
-  return x;
-#endif
 }
 
 // ---- eight consecutive elements in device memory
@@ -148,11 +131,6 @@ DEVICE void load_rows(float (&x)[ROWS], const float* p, int t) {
 
 // ---- tensor cores
 
-DEVICE void mma_tf32(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
 template <bool FP16>
 DEVICE void mma_16bit(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   if constexpr (FP16)
@@ -163,36 +141,4 @@ DEVICE void mma_16bit(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-// float32 from tf32 products: the leading 11 bits, and what they leave.
-DEVICE u32 leading(float x) { return __float_as_uint(x) & 0xffffe000u; }
-DEVICE u32 trailing(float x) { return __float_as_uint(x - bits_float(leading(x))); }
-
-DEVICE void mma_float(float (&c)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
-#if PRECISE
-  mma_tf32(c, trailing(a0), trailing(a1), trailing(a2), trailing(a3), leading(b0), leading(b1));
-  mma_tf32(c, leading(a0), leading(a1), leading(a2), leading(a3), trailing(b0), trailing(b1));
-  mma_tf32(c, leading(a0), leading(a1), leading(a2), leading(a3), leading(b0), leading(b1));
-#else
-  // The unit ignores the low 13 bits: inputs of 16 bits are exact, the state loses 2^-11 at most.
-  mma_tf32(c, __float_as_uint(a0), __float_as_uint(a1), __float_as_uint(a2), __float_as_uint(a3),
-           __float_as_uint(b0), __float_as_uint(b1));
-#endif
-}
-
-// Products over rows of one column tile with up to two vectors: lanes of even g pass rows of one vector, of odd g rows
-// of the other (or all the same). c[0] and c[1] are the two results for column g, c[2] and c[3] for column g + 8.
-// Two chains halve the latency where the rows of S are ready together; one will do where they arrive one by one.
-template <int CHAINS>
-DEVICE void dot_rows(float (&c)[4], const float (&S)[2][ROWS], const float (&x)[ROWS]) {
-  float odd[4] = {0, 0, 0, 0};
-#pragma unroll
-  for (int e = 0; e < 4; e++) c[e] = 0;
-#pragma unroll
-  for (int n = 0; n < K / 8; n++)
-    mma_float(CHAINS == 2 && n % 2 ? odd : c, S[0][2 * n], S[1][2 * n], S[0][2 * n + 1], S[1][2 * n + 1], x[2 * n],
-              x[2 * n + 1]);
-  if (CHAINS == 2 && K > 8)
-#pragma unroll
-    for (int e = 0; e < 4; e++) c[e] += odd[e];
 }
