@@ -44,24 +44,6 @@ typedef float summed;
 DEVICE void store_sum(summed* p, const float (&x)[8]) { store_floats(p, x); }
 #endif
 
-DEVICE u32 as_bf16(u32 x) {
-  if (DTYPE == 0) return x;
-  float low, high;
-  unpack_fp16(x, low, high);
-  return pack_bf16(low, high);
-}
-DEVICE uint4 as_bf16(uint4 x) { return make_uint4(as_bf16(x.x), as_bf16(x.y), as_bf16(x.z), as_bf16(x.w)); }
-
-// A power of two that brings the largest of the even lanes' values near 1, another for the odd lanes, and their inverses.
-// fp16 tiles need it, because gradients may lie outside fp16's range.
-DEVICE void scale_for_fp16(float largest, bool odd, float& scale, float& inverse) {
-  u32 even_bits = __reduce_max_sync(ALL, odd ? 0u : __float_as_uint(largest));
-  u32 odd_bits = __reduce_max_sync(ALL, odd ? __float_as_uint(largest) : 0u);
-  u32 exponent = (odd ? odd_bits : even_bits) & 0x7f800000u;
-  inverse = bits_float(exponent);
-  scale = bits_float(0x7f000000u - exponent);
-}
-
 // Keeps the compiler from working out addresses before the loop over segments, for which registers do not suffice.
 DEVICE void opaque(int& x) { asm volatile("" : "+r"(x)); }
 

@@ -134,9 +134,7 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
 #pragma unroll
     for (int m = 0; m < TILES; m++)
 #pragma unroll
-      for (int h = 0; h < 2; h++) {
-        mine[m][h] = odd ? -de[m][h] : sm.dy[s + 1][column + 16 * m + 8 * h];
-      }
+      for (int h = 0; h < 2; h++) mine[m][h] = odd ? -de[m][h] : sm.dy[s + 1][column + 16 * m + 8 * h];
 #pragma unroll
     for (int m = 0; m < TILES; m++) {
       u32 x[2] = {__float_as_uint(mine[m][0]), __float_as_uint(mine[m][1])};

@@ -14,8 +14,8 @@ class Plan:
     """One compilation: `K` rows and `V` columns of the state, and the choices that depend on them.
 
     `cols` columns a block, 16 * `tiles` a warp, checkpoints every `segment` steps, inputs staged `chunk` steps at a
-    time on the way forward, at least `forward_blocks` and `backward_blocks` resident on a multiprocessor. The backward loops over
-    steps are unrolled `replay` and `walk` times.
+    time on the way forward, at least `forward_blocks` and `backward_blocks` resident on a multiprocessor. The
+    backward loops over steps are unrolled `replay` and `walk` times.
     """
 
     K: int
@@ -111,7 +111,8 @@ def make_plan(
             plan = Plan(K, V, dtype, tanh, beta, cols, 1, 8, 16, 1, 1, 16 * 16 // cols, 4, 2)
         elif K <= 32:
             segment, chunk, blocks, walk = (16, 32, 4, 4) if heads <= FEW_HEADS else (8, 16, 8, 1)
-            plan = Plan(K, V, dtype, tanh, beta, cols, 1, segment, chunk, 1, 1, max(1, blocks * 32 // max(cols, 32)), 4, walk)
+            blocks = blocks * 32 // max(cols, 32)
+            plan = Plan(K, V, dtype, tanh, beta, cols, 1, segment, chunk, 1, 1, blocks, 4, walk)
         elif K <= 64:
             plan = Plan(K, V, dtype, tanh, beta, cols, 1, 8, 16, 1, 1, 2, 4)
         else:

@@ -12,6 +12,14 @@ DEVICE uint4 load_8(const u16* p, bool inside) {
 }
 DEVICE void store_8(u16* p, uint4 x) { store_16_bytes(p, x.x, x.y, x.z, x.w); }
 
+DEVICE u32 as_bf16(u32 x) {
+  if (DTYPE == 0) return x;
+  float low, high;
+  unpack_fp16(x, low, high);
+  return pack_bf16(low, high);
+}
+DEVICE uint4 as_bf16(uint4 x) { return make_uint4(as_bf16(x.x), as_bf16(x.y), as_bf16(x.z), as_bf16(x.w)); }
+
 // ---- rows
 
 // The larger of both halves, by magnitude, as the bits of a 16-bit float.

@@ -59,3 +59,13 @@ DEVICE void dot_columns(float (&c)[ROW_TILES][4], u32 address, u32 half_address,
     mma_16bit<FP16>(c[u], a, b0, b1);
   }
 }
+
+// A power of two that brings the largest of the even lanes' values near 1, another for the odd lanes, and their inverses.
+// fp16 tiles need it, because gradients may lie outside fp16's range.
+DEVICE void scale_for_fp16(float largest, bool odd, float& scale, float& inverse) {
+  u32 even_bits = __reduce_max_sync(ALL, odd ? 0u : __float_as_uint(largest));
+  u32 odd_bits = __reduce_max_sync(ALL, odd ? __float_as_uint(largest) : 0u);
+  u32 exponent = (odd ? odd_bits : even_bits) & 0x7f800000u;
+  inverse = bits_float(exponent);
+  scale = bits_float(0x7f000000u - exponent);
+}
