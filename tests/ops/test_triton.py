@@ -90,10 +90,11 @@ def test_packed_sequences_equal_separate_ones(lengths: tuple[int, ...]) -> None:
     for n, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
         part = (tensor[:, start:end] for tensor in (x.q, x.k, x.v, x.g, x.beta))
         y, final_state = run(*part, x.initial_state[n : n + 1], None, "tanh")
-        assert torch.equal(packed["y"][:, start:end], y)
-        assert torch.equal(packed["final_state"][n : n + 1], final_state)
+        # Not to the last bit: a compilation depends on the alignment of pointers.
+        assert relative_error(packed["y"][:, start:end], y) <= 1e-6
+        assert relative_error(packed["final_state"][n : n + 1], final_state) <= 1e-6
         if start == end:
-            assert torch.equal(final_state, x.initial_state[n : n + 1])
+            assert torch.equal(packed["final_state"][n : n + 1], x.initial_state[n : n + 1])
 
 
 @on_device
@@ -222,7 +223,7 @@ TARGETS["gfx942"] = ("hip", "gfx942", 64)
 SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
-def compile_kernel(name: str, target: str, dtype: torch.dtype, K: int, V: int, gate: bool = True):
+def compile_kernel(name: str, target: str, dtype: torch.dtype, K: int, V: int):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -230,7 +231,7 @@ def compile_kernel(name: str, target: str, dtype: torch.dtype, K: int, V: int, g
     plan = make_plan(K, V, dtype, True, target != "gfx942")
     constants = plan.constants(K, V, backward=name == "backward_kernel")
     options = {option: constants.pop(option) for option in set(constants) - set(kernel.arg_names)}
-    constants |= {"ends": None} | ({} if gate else {"beta": None, "dbeta": None})
+    constants["ends"] = None
     sums = dtype if plan.blocks(V) == 1 else torch.float32
     tensors = dict.fromkeys(["q", "k", "v", "y", "dy", "dv"], dtype) | dict.fromkeys(["dq", "dk"], sums)
     tensors |= dict.fromkeys(["saved", "states"], plan.saved)
@@ -265,7 +266,7 @@ def test_compiles_for_devices_that_are_not_here(target: str, name: str, dtype: t
 def test_nothing_spills(name: str, n: int, tmp_path: Path) -> None:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     file = tmp_path / "kernel.cubin"
-    file.write_bytes(compile_kernel(name, "sm_90", torch.bfloat16, n, n, gate=False).asm["cubin"])
+    file.write_bytes(compile_kernel(name, "sm_90", torch.bfloat16, n, n).asm["cubin"])
     usage = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True).stdout
     assert re.search(r"STACK:0 .*LOCAL:0 ", usage), usage
 

@@ -242,13 +242,13 @@ def backward_kernel(
     o_saved = _panels(o_k, o_v, BK)
     states += pid * (SEGMENT * BK * BV)
     deltas += pid * (SEGMENT * BV)
-    q += i_h * K + o_k
-    k += i_h * K + o_k
-    v += i_h * V + i_v * BV + o_v
-    dy += i_h * V + i_v * BV + o_v
-    dv += i_h * V + i_v * BV + o_v
-    dq += (i_v * tokens * H + i_h) * K + o_k
-    dk += (i_v * tokens * H + i_h) * K + o_k
+    q += i_h * K
+    k += i_h * K
+    v += i_h * V + i_v * BV
+    dy += i_h * V + i_v * BV
+    dv += i_h * V + i_v * BV
+    dq += (i_v * tokens * H + i_h) * K
+    dk += (i_v * tokens * H + i_h) * K
     g += i_h
     dg += i_v * tokens * H + i_h
     if beta is not None:
@@ -274,11 +274,11 @@ def backward_kernel(
         # The last walk is done reading what this replay overwrites.
         tl.debug_barrier()
         # In both loops the next step's inputs are on their way while one step is computed.
-        b_k, b_v = _load(k_s, in_k, FULL_K), _load(v_s, in_v, FULL_V)
+        b_k, b_v = _load(k_s + o_k, in_k, FULL_K), _load(v_s + o_v, in_v, FULL_V)
         decay, gate = _scalars(g_s, beta_s, 0)
         for i in range(length):
             n = tl.minimum(i + 1, length - 1)
-            next_k, next_v = _load(k_s + n * k_row, in_k, FULL_K), _load(v_s + n * v_row, in_v, FULL_V)
+            next_k, next_v = _load(k_s + n * k_row + o_k, in_k, FULL_K), _load(v_s + n * v_row + o_v, in_v, FULL_V)
             next_decay, next_gate = _scalars(g_s, beta_s, n * H)
             tl.store(states + i * (BK * BV) + o_saved, b_s.to(states.dtype.element_ty))
             b_e, b_s = _step(b_s, b_k, b_v, decay, gate, TANH)
@@ -287,15 +287,15 @@ def backward_kernel(
         tl.debug_barrier()
 
         n = length - 1
-        b_q, b_k = _load(q_s + n * q_row, in_k, FULL_K), _load(k_s + n * k_row, in_k, FULL_K)
-        b_dy, b_e = _load(dy_s + n * H * V, in_v, FULL_V), tl.load(deltas + n * BV + o_v)
+        b_q, b_k = _load(q_s + n * q_row + o_k, in_k, FULL_K), _load(k_s + n * k_row + o_k, in_k, FULL_K)
+        b_dy, b_e = _load(dy_s + n * H * V + o_v, in_v, FULL_V), tl.load(deltas + n * BV + o_v)
         decay, gate = _scalars(g_s, beta_s, n * H)
         b_half = tl.load(states + n * (BK * BV) + o_saved)
         for j in range(length):
             i = length - 1 - j
             n = tl.maximum(i - 1, 0)
-            next_q, next_k = _load(q_s + n * q_row, in_k, FULL_K), _load(k_s + n * k_row, in_k, FULL_K)
-            next_dy, next_e = _load(dy_s + n * H * V, in_v, FULL_V), tl.load(deltas + n * BV + o_v)
+            next_q, next_k = _load(q_s + n * q_row + o_k, in_k, FULL_K), _load(k_s + n * k_row + o_k, in_k, FULL_K)
+            next_dy, next_e = _load(dy_s + n * H * V + o_v, in_v, FULL_V), tl.load(deltas + n * BV + o_v)
             next_decay, next_gate = _scalars(g_s, beta_s, n * H)
             b_before = b_half.to(tl.float32)
             b_half = tl.load(states + n * (BK * BV) + o_saved)
@@ -312,9 +312,9 @@ def backward_kernel(
             if beta is not None:
                 tl.store(dbeta_s + i * H, tl.sum(b_dw * b_e, 0))
             b_G = decay * b_Z - b_k[:, None] * b_dv[None, :]
-            _store(dv_s + i * H * V, b_dv, in_v, FULL_V)
-            _store(dq_s + i * H * K, b_dq, in_k, FULL_K)
-            _store(dk_s + i * H * K, b_dk, in_k, FULL_K)
+            _store(dv_s + i * H * V + o_v, b_dv, in_v, FULL_V)
+            _store(dq_s + i * H * K + o_k, b_dq, in_k, FULL_K)
+            _store(dk_s + i * H * K + o_k, b_dk, in_k, FULL_K)
             b_s, b_q, b_k, b_dy, b_e = b_before, next_q, next_k, next_dy, next_e
             decay, gate = next_decay, next_gate
     _store(dstate + o_state, b_G, inside, FULL)
