@@ -31,9 +31,8 @@ from e88.training.run import Run
 class Reporter(Protocol):
     """Whoever shows a run as it goes."""
 
-    def step(self, entry: dict[str, Any], used: float, seconds_left: float) -> None: ...
-
-    def message(self, text: str) -> None: ...
+    def step(self, entry: dict[str, Any], used: float, seconds_left: float) -> None:
+        """Called after each step with its log entry, the used share of the budget, and the training time left."""
 
 
 class Interrupted(Exception):
@@ -92,7 +91,7 @@ def _spend(
     """Take steps until the budget is spent; the reason where the run diverged."""
     while run.used < 1:
         before = run.clock.seconds["train"]
-        reason = _train_step(run, torch.from_numpy(sampler.batch(run.step)).to(run.device))
+        reason = _train_step(run, sampler)
         if reason:
             return reason
         for observer in observers:
@@ -112,12 +111,13 @@ def _due(every: float, before: float, now: float) -> bool:
     return every > 0 and now // every > before // every
 
 
-def _train_step(run: Run, windows: Tensor) -> str | None:
-    """One optimiser step on windows [B, T + 1]; the reason where it could not be taken, and then nothing changed."""
+def _train_step(run: Run, sampler: WindowSampler) -> str | None:
+    """One optimiser step; the reason where it could not be taken, and then nothing changed."""
     config = run.config
     lr = run.optimizer.set_used(run.used)
     before = run.clock.seconds["train"]
     with run.clock.section("train"):
+        windows = torch.from_numpy(sampler.batch(run.step)).to(run.device)
         loss = _backward(run, windows)
         norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip or math.inf)
         values = torch.stack([loss, norm]).tolist()
@@ -216,6 +216,3 @@ class Scalars:
         for key in ("loss", "lr", "grad_norm"):
             self.writer.add_scalar(f"train/{key}", entry[key], entry["step"])
         self.writer.add_scalar("train/tokens_per_second", entry["step_tokens"] / entry["step_seconds"], entry["step"])
-
-    def message(self, text: str) -> None:
-        self.writer.add_text("message", text)

@@ -38,9 +38,6 @@ class StopAt:
         if entry["step"] == self.at:
             os.kill(os.getpid(), signal.SIGINT)
 
-    def message(self, text):
-        pass
-
 
 @settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
@@ -130,9 +127,6 @@ def test_a_number_that_is_not_finite_stops_the_run_and_names_the_layer(where, co
             else:
                 weight = target.blocks[0].mixer.qkv_proj.weight
                 weight.register_hook(lambda grad: grad * float("inf"))
-
-        def message(self, text):
-            pass
 
     record = train(tiny, config(), corpus, tmp_path / "run", reporter=Poison())
     assert record["status"] == "diverged" and record["results"]["diverged_step"] == 3
