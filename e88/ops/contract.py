@@ -210,7 +210,7 @@ def _cuda_missing() -> str | None:
 
 
 def _triton_supports(problem: Problem) -> str | None:
-    if problem.device != "cuda" and not (problem.device == "cpu" and _triton_interprets()):
+    if problem.device not in (("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)):
         return f"runs on GPU tensors, or on the CPU's where TRITON_INTERPRET=1, not on {problem.device}"
     if problem.dtype == torch.float64:
         return "computes in float32, and the inputs are float64"
@@ -222,13 +222,9 @@ def _triton_supports(problem: Problem) -> str | None:
 def _triton_missing() -> str | None:
     if not _installed("triton"):
         return "triton is not installed; pip install triton"
-    if not torch.cuda.is_available() and not _triton_interprets():
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         return "there is no GPU that torch can use, and TRITON_INTERPRET is not 1"
     return None
-
-
-def _triton_interprets() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 # In order of preference: "auto" takes the first row that serves the problem.
