@@ -5,8 +5,8 @@ state, [BK, BV] with K padded to BK, in registers: given k, q and the decay, col
 
 The forward kernel saves the state every SEGMENT steps. The backward kernel takes the segments from the last to the
 first: it replays one from its saved state, writing every state and delta to scratch memory of its own, small enough
-to stay in cache, then walks back through it. The sums of dq, dk, dg and dbeta over columns are this program's alone;
-with more than one block of columns the caller adds them up.
+to stay in cache, then walks back through it. Its dq, dk, dg and dbeta are sums over its own columns; with more than
+one block of columns the caller adds them up.
 
 Names: `i_` an index, `o_` offsets, `b_` a block in registers.
 
