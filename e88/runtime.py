@@ -33,7 +33,7 @@ PEAK_BF16_FLOPS = {
     "MI300X": 1307e12,
 }
 PACKAGES = ("torch", "numpy", "numba", "triton", "safetensors", "schedulefree", "transformers", "tokenizers",
-            "fla-core", "mamba-ssm", "cuda-core", "tensorboard", "matplotlib", "jinja2")  # fmt: skip
+            "fla-core", "mamba-ssm", "cuda-bindings", "tensorboard", "matplotlib", "jinja2")  # fmt: skip
 
 
 @cache
@@ -55,13 +55,14 @@ def versions() -> dict[str, str]:
 
 @cache
 def commit() -> str | None:
-    """The commit of the source tree this package runs from, `-dirty` where it has changes; None outside a checkout."""
+    """The commit of the source tree this package runs from, `-dirty` where it has changes. Outside a checkout it is
+    what the environment variable E88_COMMIT says, or None."""
     folder = Path(__file__).resolve().parent
     try:
         head = _git(folder, "rev-parse", "--short=12", "HEAD")
         dirty = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", str(folder))
     except (OSError, subprocess.SubprocessError):
-        return None
+        return os.environ.get("E88_COMMIT")
     return head + ("-dirty" if dirty else "")
 
 

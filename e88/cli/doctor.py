@@ -72,7 +72,7 @@ def _kernels(device: str) -> dict[str, dict[str, Any]]:
     where = choose_device(device)
     dtypes = (torch.float32,) if where.type == "cpu" else (torch.float32, torch.bfloat16)
     sizes = [(8, 8), (16, 16), (24, 24), (32, 32), (48, 48), (64, 64), (128, 128), (32, 64), (64, 32)]
-    shapes = [Shape(2, 67, 3, K, V) for K, V in sizes] + [Shape(1, 1, 1, 32, 32), Shape(1, 1025, 2, 32, 32)]
+    shapes = [Shape(2, 67, 3, K, V) for K, V in sizes] + [Shape(8, 1, 8, 32, 32), Shape(1, 1025, 2, 32, 32)]
     rows = {}
     for dtype in dtypes:
         for shape in shapes:

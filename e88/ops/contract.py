@@ -205,7 +205,7 @@ def _cuda_missing() -> str | None:
     if torch.cuda.get_device_capability() < (8, 0):
         return "it needs compute capability 8.0 or newer"
     if not _installed("cuda") or not _installed("cuda.bindings"):
-        return "cuda-core is not installed; pip install cuda-core"
+        return "cuda.bindings is not installed; pip install cuda-bindings"
     return None
 
 
