@@ -1,11 +1,12 @@
 """Time every backend of the recurrence, after checking it: a backend that is wrong gets no speed.
 
-    python benchmarks/recurrence.py [--device cpu] [--threads 2] [--seconds 1.0] [--json]
+    python benchmarks/recurrence.py [--device cpu|cuda] [--threads 2] [--seconds 1.0] [--json]
 
-For each shape, each backend's output, final state and gradients are compared with float64 by relative error. Then
-forward (without gradients) and forward with backward are timed in turns: the best time, which a busy machine
-disturbs least, in milliseconds, and the ratio of the reference's forward and backward to it. The JSON rows also have
-the medians.
+For each shape, each backend's output, final state and gradients are compared with float64 by relative error (on a GPU
+at a smaller batch, length and number of heads, since float64 would not fit). Then forward (without gradients) and
+forward with backward are timed in turns. On a CPU: the best time, which a busy machine disturbs least, and the ratio
+of the reference's to it. On a GPU: the median of device events, and the share of the floor: what the card's tanh
+units, float32 lanes or memory need at least for the shape, whichever is most.
 """
 
 from __future__ import annotations
@@ -20,29 +21,19 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
+from e88 import runtime
 from e88.errors import UserError
 from e88.ops import available_backends, tanh_delta_rule
-
-
-class Shape(NamedTuple):
-    B: int
-    T: int
-    H: int
-    K: int
-    V: int
-
-    def __str__(self) -> str:
-        return " ".join(f"{name}{size}" for name, size in zip(self._fields, self, strict=True))
+from e88.ops.accuracy import TOLERANCE, Inputs, Shape, check, draw
 
 
 class Suite(NamedTuple):
-    """What to run on a kind of device: shapes, the inputs' dtype, and the largest relative error allowed."""
+    """What to run on a kind of device: shapes, the inputs' dtype, and the backends that are too slow to be timed."""
 
     shapes: tuple[Shape, ...]
     dtype: torch.dtype
-    tolerance: float
+    left_out: tuple[str, ...] = ()
 
 
 SUITES = {
@@ -55,45 +46,22 @@ SUITES = {
             Shape(1, 256, 2, 64, 64),
         ),
         torch.float32,
-        1e-5,
+    ),
+    "cuda": Suite(
+        (
+            Shape(32, 512, 56, 32, 32),
+            Shape(8, 2048, 56, 32, 32),
+            Shape(1, 16384, 56, 32, 32),
+            Shape(32, 512, 28, 64, 64),
+            Shape(32, 512, 128, 16, 16),
+            Shape(32, 512, 14, 128, 128),
+        ),
+        torch.bfloat16,
+        left_out=("checkpointed", "reference"),
     ),
 }
 # Float64 says what is right and the reference is what others are compared with.
 REFERENCE = "reference"
-
-
-class Inputs(NamedTuple):
-    operands: tuple[Tensor, ...]
-    dy: Tensor
-    d_final: Tensor
-
-    def to(self, dtype: torch.dtype) -> Inputs:
-        operands = tuple(x.detach().to(dtype).requires_grad_() for x in self.operands)
-        return Inputs(operands, self.dy.to(dtype), self.d_final.to(dtype))
-
-
-def draw(shape: Shape, device: str, dtype: torch.dtype) -> Inputs:
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, device=device)
-
-    B, T, H, K, V = shape
-    q, k = (torch.nn.functional.normalize(normal(B, T, H, K), dim=-1) for _ in range(2))
-    operands = (q, k, normal(B, T, H, V), -0.1 * normal(B, T, H).abs(), normal(B, T, H).sigmoid())
-    return Inputs(operands, normal(B, T, H, V), normal(B, H, K, V)).to(dtype)
-
-
-def results(inputs: Inputs, backend: str) -> list[Tensor]:
-    y, final_state = tanh_delta_rule(*inputs.operands, output_final_state=True, backend=backend)
-    assert final_state is not None
-    gradients = torch.autograd.grad((y, final_state), inputs.operands, (inputs.dy, inputs.d_final.to(final_state)))
-    return [y, final_state, *gradients]
-
-
-def worst_error(actual: list[Tensor], expected: list[Tensor]) -> float:
-    pairs = [(a.detach().double(), b.detach()) for a, b in zip(actual, expected, strict=True)]
-    return max(float((a - b).norm() / b.norm()) for a, b in pairs)
 
 
 def forward(inputs: Inputs, backend: str) -> None:
@@ -107,12 +75,38 @@ def forward_and_backward(inputs: Inputs, backend: str) -> None:
 
 
 def milliseconds(run: Callable[[], None], device: str) -> float:
-    module = torch.get_device_module(device)
-    module.synchronize()
-    start = time.perf_counter()
+    """Time of one run: between device events on a GPU, on the host's clock elsewhere."""
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+    begin = time.perf_counter()
     run()
-    module.synchronize()
-    return 1e3 * (time.perf_counter() - start)
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def floors(shape: Shape) -> tuple[float, float]:
+    """Milliseconds that forward, and forward with backward, need at least on this GPU in bf16.
+
+    An element of the state takes one tanh and 4 multiply-adds a step forward; backward replays the tanh and takes
+    about 15. A multiprocessor does 16 tanh and 128 multiply-adds a clock. Forward moves q, k, v and y once; backward
+    reads q, k, v, dy and writes dq, dk, dv.
+    """
+    properties = torch.cuda.get_device_properties(0)
+    clocks = properties.multi_processor_count * properties.clock_rate  # per millisecond
+    heads = shape.B * shape.T * shape.H
+    elements = heads * shape.K * shape.V
+    bandwidth = 2 * properties.memory_clock_rate * properties.memory_bus_width / 8  # bytes per millisecond
+
+    def floor(multiply_adds: int, vectors_k: int, vectors_v: int) -> float:
+        moved = 2 * heads * (vectors_k * shape.K + vectors_v * shape.V)
+        return max(elements / 16 / clocks, multiply_adds * elements / 128 / clocks, moved / bandwidth)
+
+    forward = floor(4, 2, 2)
+    return forward, forward + floor(15, 4, 3)
 
 
 def take_turns(runs: dict[str, Callable[[], None]], device: str, seconds: float) -> dict[str, list[float]]:
@@ -127,27 +121,44 @@ def take_turns(runs: dict[str, Callable[[], None]], device: str, seconds: float)
     return times
 
 
-def measure(shape: Shape, suite: Suite, device: str, seconds: float) -> list[dict[str, Any]]:
-    inputs = draw(shape, device, suite.dtype)
-    expected = results(inputs.to(torch.float64), "checkpointed")
+def checked(shape: Shape, suite: Suite, device: str) -> list[dict[str, Any]]:
+    """A row for each backend, with its largest relative error, or why it is skipped."""
+    small = Shape(min(shape.B, 2), min(shape.T, 200), min(shape.H, 8), shape.K, shape.V) if device == "cuda" else shape
     rows: list[dict[str, Any]] = []
     for name, missing in available_backends().items():
         row: dict[str, Any] = {"shape": str(shape), "backend": name, "error": None, "skipped": missing}
+        if name in suite.left_out:
+            continue
         rows.append(row)
         if missing is None:
             try:
-                row["error"] = worst_error(results(inputs, name), expected)
+                row["error"] = max(check(small, device, suite.dtype, name).values())
             except UserError as refusal:
                 row["skipped"] = str(refusal)
-        if row["error"] is not None and not row["error"] <= suite.tolerance:
-            row["skipped"] = f"wrong: error above {suite.tolerance:.0e}"
+        if row["error"] is not None and not row["error"] <= TOLERANCE[suite.dtype]:
+            row["skipped"] = f"wrong: error above {TOLERANCE[suite.dtype]:.0e}"
+    return rows
 
+
+def measure(shape: Shape, suite: Suite, device: str, seconds: float) -> list[dict[str, Any]]:
+    rows = checked(shape, suite, device)
+    inputs = draw(shape, device, suite.dtype)
     timed = [row for row in rows if row["skipped"] is None]
+    pick = statistics.median if device == "cuda" else min
     for key, run in (("forward", forward), ("forward_backward", forward_and_backward)):
-        times = take_turns({row["backend"]: partial(run, inputs, row["backend"]) for row in timed}, device, seconds)
+        runs = {row["backend"]: partial(run, inputs, row["backend"]) for row in timed}
+        for warm_up in runs.values():
+            warm_up()
+        times = take_turns(runs, device, seconds)
         for row in timed:
-            row[f"{key}_ms"] = min(times[row["backend"]])
+            row[f"{key}_ms"] = pick(times[row["backend"]])
             row[f"{key}_median_ms"] = statistics.median(times[row["backend"]])
+    if device == "cuda":
+        for row in timed:
+            least = floors(shape)
+            row["floor_ms"], row["forward_floor_ms"] = least[1], least[0]
+            row["share_of_floor"] = least[1] / row["forward_backward_ms"]
+        return rows
     baseline = next((row["forward_backward_ms"] for row in timed if row["backend"] == REFERENCE), None)
     for row in timed:
         row["speedup"] = None if baseline is None else baseline / row["forward_backward_ms"]
@@ -155,12 +166,12 @@ def measure(shape: Shape, suite: Suite, device: str, seconds: float) -> list[dic
 
 
 def line(row: dict[str, Any]) -> str:
-    head = f"{row['shape']:<24} {row['backend']:<13}"
+    head = f"{row['shape']:<26} {row['backend']:<13}"
     error = "" if row["error"] is None else f"{row['error']:.1e}"
     if row["skipped"] is not None:
         return f"{head} {error:>8}  {row['skipped']}"
-    speedup = "" if row["speedup"] is None else f"{row['speedup']:.1f}x"
-    return f"{head} {error:>8} {row['forward_ms']:>10.3f} {row['forward_backward_ms']:>10.3f} {speedup:>9}"
+    last = f"{row['share_of_floor']:.0%} of floor" if "share_of_floor" in row else f"{row['speedup'] or 0:.1f}x"
+    return f"{head} {error:>8} {row['forward_ms']:>10.3f} {row['forward_backward_ms']:>10.3f} {last:>14}"
 
 
 def main() -> int:
@@ -172,14 +183,17 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     suite = SUITES[arguments.device]
+    where = runtime.choose_device(arguments.device)
     if not arguments.json:
-        print(f"{'shape':<24} {'backend':<13} {'error':>8} {'fwd ms':>10} {'f+b ms':>10} {'speedup':>9}")
+        print(runtime.hardware_name(where), str(suite.dtype).removeprefix("torch."))
+        print(f"{'shape':<26} {'backend':<13} {'error':>8} {'fwd ms':>10} {'f+b ms':>10}")
     wrong = False
     for shape in suite.shapes:
         for row in measure(shape, suite, arguments.device, arguments.seconds):
-            row |= {"device": arguments.device, "threads": arguments.threads, "dtype": str(suite.dtype)}
+            environment = runtime.environment(where, [row["backend"]])
+            row |= {"threads": arguments.threads, "dtype": str(suite.dtype), "environment": environment}
             print(json.dumps(row) if arguments.json else line(row), flush=True)
-            wrong |= row["error"] is not None and not row["error"] <= suite.tolerance
+            wrong |= row["error"] is not None and not row["error"] <= TOLERANCE[suite.dtype]
     return 1 if wrong else 0
 
 
