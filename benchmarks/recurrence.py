@@ -150,7 +150,7 @@ def measure(shape: Shape, suite: Suite, device: str, seconds: float) -> list[dic
     timed = [row for row in rows if row["skipped"] is None]
     pick = statistics.median if device == "cuda" else min
     for key, run in (("forward", forward), ("forward_backward", forward_and_backward)):
-        runs = {row["backend"]: partial(run, inputs, row["backend"]) for row in timed}
+        runs: dict[str, Callable[[], None]] = {row["backend"]: partial(run, inputs, row["backend"]) for row in timed}
         for warm_up in runs.values():
             warm_up()
         times = take_turns(runs, device, seconds)
