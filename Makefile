@@ -8,7 +8,7 @@ DEMO = tiny-e88 tiny-gdn tiny-mamba2 tiny-transformer
 .PHONY: demo test lint types install clean
 
 demo: $(VENV)/.installed
-	$(BIN)/e88 bench $(DEMO) --seconds 30 --out runs/demo
+	$(BIN)/e88 bench $(DEMO) --seconds 30 --set heldout_bytes=131072 --set eval_every=10 --out runs/demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2

@@ -91,7 +91,7 @@ def finish(run: Run, heldout: HeldOut | None, reason: str | None, peak_memory: i
         "results": results,
         "curve": steplog.curve(entries),
         "heldout_curve": run.heldout,
-        "environment": environment(run.device, sorted(run.backends)),
+        "environment": environment(run.device, sorted(run.backends) or ["torch"]),
     }
     write_json(run.folder / "record.json", record)
     return record
