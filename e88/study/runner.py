@@ -22,11 +22,11 @@ from e88.runtime import choose_device
 from e88.sizing.closed_form import describe
 from e88.study.spec import RunSpec
 from e88.study.store import Store
+from e88.study.worker import EXIT_INTERRUPTED
 from e88.training.loop import Interrupted
 from e88.training.record import config_hash, failed, write_json
 
 FINISHED = ("done", "diverged")
-EXIT_INTERRUPTED = 130
 
 
 class Announcer(Protocol):
@@ -44,13 +44,15 @@ def run_all(specs: list[RunSpec], out: Path, *, device: str, announcer: Announce
     store = Store(out)
     with _lock(out) as lock:
         corpora = {(s.data, s.tokenizer): open_corpus(s.data, tokenizer=s.tokenizer) for s in specs}
+        # Nobody else writes while the lock is held, so that one reading is enough.
+        before = {record["id"]: record for record in store.records()}
         records = []
         for number, spec in enumerate(specs, 1):
             corpus = corpora[spec.data, spec.tokenizer]
             spec = spec.with_vocabulary(corpus.vocab_size)
             run_id = config_hash(spec.model.to_dict(), spec.training.to_dict(), corpus.hash)
             title = f"[{number}/{len(specs)}] {spec.name}, seed {spec.training.seed}"
-            known = store.get(run_id)
+            known = before.get(run_id)
             if known and known["status"] in FINISHED:
                 announcer.message(f"{title}: {known['status']} before, kept")
                 records.append(known)
@@ -59,6 +61,7 @@ def run_all(specs: list[RunSpec], out: Path, *, device: str, announcer: Announce
             folder = out / "runs" / f"{spec.name}-s{spec.training.seed}-{run_id}"
             record = _run(spec, corpus, folder, device, lock)
             store.append(record)
+            before[run_id] = record
             records.append(record)
             if record["status"] != "done":
                 announcer.message(f"{title}: {record['status']}: {record['reason']}")

@@ -28,10 +28,15 @@ def utc_now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def config_hash(model: Mapping[str, Any], training: Mapping[str, Any], data_hash: str) -> str:
-    """A run's id: 12 hex digits over everything that decides it. How often it is saved does not."""
+def identity(model: Mapping[str, Any], training: Mapping[str, Any], data_hash: str) -> dict[str, Any]:
+    """Everything that decides a run. How often it is saved does not."""
     training = {k: v for k, v in training.items() if k != "checkpoint_every"}
-    text = json.dumps({"model": model, "training": training, "data": data_hash}, sort_keys=True)
+    return {"model": model, "training": training, "data": data_hash}
+
+
+def config_hash(model: Mapping[str, Any], training: Mapping[str, Any], data_hash: str) -> str:
+    """A run's id: 12 hex digits over its identity."""
+    text = json.dumps(identity(model, training, data_hash), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

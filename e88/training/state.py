@@ -17,9 +17,9 @@ from e88.training.budget import Clock
 from e88.training.checkpoint import flatten, load_tensors, restore_model, save_tensors, unflatten
 from e88.training.config import TrainingConfig
 from e88.training.optimizer import Optimizer
-from e88.training.record import config_hash, utc_now
+from e88.training.record import identity, utc_now
 from e88.training.run import Run
-from e88.training.steplog import StepLog
+from e88.training.steplog import StepLog, read_entries
 
 CHECKPOINT = "checkpoint.safetensors"
 LOG = "log.jsonl"
@@ -39,7 +39,8 @@ def start(
     """A run ready for its next step: fresh, or as the folder's checkpoint left it."""
     path = folder / CHECKPOINT
     saved = _load_checkpoint(path, model_config, config, corpus) if resume and path.exists() else None
-    if not resume and (path.exists() or (folder / LOG).exists()):
+    # An empty log is what a refused option leaves: no run that could be lost.
+    if not resume and (path.exists() or any(read_entries(folder / LOG))):
         raise UserError(f"{folder} already holds a run; use --resume to go on with it, or another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -87,13 +88,10 @@ def _load_checkpoint(
     tensors, meta = load_tensors(path)
     if meta.get("kind") != "run":
         raise UserError(f"{path} is not a training checkpoint; choose another --out")
-    found = config_hash(meta["model"], meta["training"], meta["data"]["hash"])
-    wanted = config_hash(model_config.to_dict(), config.to_dict(), corpus.hash)
+    found = identity(meta["model"], meta["training"], meta["data"]["hash"])
+    wanted = identity(model_config.to_dict(), config.to_dict(), corpus.hash)
     if found != wanted:
-        differing = _first_difference(
-            {"model": meta["model"], "training": meta["training"], "data": meta["data"]["hash"]},
-            {"model": model_config.to_dict(), "training": config.to_dict(), "data": corpus.hash},
-        )
+        differing = _first_difference(found, wanted)
         raise UserError(
             f"{path} is of another configuration ({differing}); repeat its options, or choose another --out"
         )

@@ -147,6 +147,20 @@ def test_a_second_run_in_the_same_folder_needs_resume(corpus, tiny, tmp_path):
     assert (tmp_path / "run" / "checkpoint.safetensors").read_bytes() == before
 
 
+def test_a_refused_option_does_not_claim_the_folder(corpus, tiny, tmp_path):
+    with pytest.raises(UserError, match="did you mean"):
+        train(tiny, config(2, backend="numbe"), corpus, tmp_path / "run")
+    assert train(tiny, config(2), corpus, tmp_path / "run")["status"] == "done"
+
+
+def test_only_what_decides_a_run_is_compared_on_resume(corpus, tiny, tmp_path):
+    train(tiny, config(2), corpus, tmp_path / "run")
+    train(tiny, config(2, checkpoint_every=5.0), corpus, tmp_path / "run", resume=True)
+    other = dataclasses.replace(corpus, hash="0" * 64)
+    with pytest.raises(UserError, match="data: "):
+        train(tiny, config(2, checkpoint_every=7.0), other, tmp_path / "run", resume=True)
+
+
 def test_an_output_that_cannot_be_written_is_a_one_line_error(corpus, tiny, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot write"):
