@@ -21,18 +21,6 @@ budget = {{steps = {steps}}}
 """
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("E88_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("".join(f"line {i}: {i * i} is the square of {i}\n" for i in range(4000)))
-    return path
-
-
 @pytest.fixture
 def spec(tmp_path):
     """Write a TOML file of a tiny run and return its path."""

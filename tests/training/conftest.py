@@ -4,13 +4,6 @@ from e88.models.config import E88Config, ModelConfig
 
 
 @pytest.fixture(scope="session")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "text.txt"
-    path.write_text("".join(f"line {i}: {i * i} is the square of {i}\n" for i in range(4000)))
-    return path
-
-
-@pytest.fixture(scope="session")
 def corpus(text, tmp_path_factory):
     from e88.data.corpus import open_corpus
 
