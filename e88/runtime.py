@@ -6,7 +6,6 @@ torch is imported inside the functions that need it, so that commands without te
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import subprocess
@@ -176,11 +175,6 @@ def best_seconds(function: Callable[[], Any], repeats: int) -> float:
         function()
         times.append(time.perf_counter() - start)
     return min(times)
-
-
-def has_module(name: str) -> bool:
-    """Whether a top-level module can be imported, without importing it."""
-    return importlib.util.find_spec(name) is not None
 
 
 def cache_folder() -> Path:
