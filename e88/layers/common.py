@@ -1,11 +1,13 @@
 """Parts that several mixers share: root-mean-square norms, L2 normalisation, the short causal convolution.
 
-    B batch, T time, C channels, W filter width
+B batch, T time, C channels, W filter width
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -77,6 +79,11 @@ def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     return (x_wide * torch.rsqrt(x_wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
 
 
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm (Zhang and Sennrich, 2019) over the last axis, with a learned weight [dim]."""
 
@@ -89,6 +96,25 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., dim] -> the same shape and dtype."""
         return rms_norm(x, self.weight, self.eps)
+
+
+class ResidualRMSNorm(RMSNorm):
+    """The norm in front of a branch, which also adds what the branch before it left to the residual stream."""
+
+    def forward(self, h: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Stream h and update [..., dim] (None: nothing to add) -> (the new stream, its norm).
+
+        The stream keeps h's dtype; the norm comes in the dtype that projections compute in. One pass over both on a
+        GPU.
+        """
+        kind = h.device.type
+        if kind == "cuda" and h.dtype != torch.float64 and _has_triton():
+            from e88.ops.triton.norm import add_rms_norm
+
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
+            return add_rms_norm(h, update, self.weight, self.eps, dtype)
+        h = h if update is None else h + update
+        return h, rms_norm(h, self.weight, self.eps)
 
 
 class GatedRMSNorm(RMSNorm):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from e88.layers.common import RMSNorm
+from e88.layers.common import ResidualRMSNorm
 from e88.layers.mixer import State, build_mixer
 from e88.models.config import ModelConfig
 
@@ -34,30 +34,40 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """h + mixer(norm(h)), then h + mlp(norm(h)) where the model has an MLP."""
+    """A mixer, and an MLP where the model has one, each behind its norm and added to the residual stream.
+
+    What a branch adds reaches the stream in the next norm, which reads both; `add` is what the block before left.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.norm = RMSNorm(config.dim)
+        self.norm = ResidualRMSNorm(config.dim)
         self.mixer = build_mixer(config.dim, config.mixer)
-        self.mlp_norm = RMSNorm(config.dim) if config.mlp_hidden else None
+        self.mlp_norm = ResidualRMSNorm(config.dim) if config.mlp_hidden else None
         self.mlp = MLP(config.dim, config.mlp_hidden) if config.mlp_hidden else None
 
-    def forward(self, h: Tensor, state: State | None, return_state: bool) -> tuple[Tensor, State | None]:
-        y, new_state = self.mixer(self.norm(h), state, return_state=return_state)
-        return self._mlp(h + y), new_state
+    def forward(
+        self, h: Tensor, add: Tensor | None, state: State | None, return_state: bool
+    ) -> tuple[Tensor, Tensor, State | None]:
+        """h, add [B, T, D] -> the stream, what to add to it next, and the mixer's state."""
+        h, x = self.norm(h, add)
+        y, new_state = self.mixer(x, state, return_state=return_state)
+        return *self._mlp(h, y), new_state
 
-    def step(self, h: Tensor, state: State) -> tuple[Tensor, State]:
-        y, new_state = self.mixer.step(self.norm(h), state)
-        return self._mlp(h + y), new_state
+    def step(self, h: Tensor, add: Tensor | None, state: State) -> tuple[Tensor, Tensor, State]:
+        """As forward, for one token: h, add [B, D]."""
+        h, x = self.norm(h, add)
+        y, new_state = self.mixer.step(x, state)
+        return *self._mlp(h, y), new_state
 
     def init_state(self, batch: int, device: torch.device | None) -> State:
         return self.mixer.init_state(batch, device=device)
 
-    def _mlp(self, h: Tensor) -> Tensor:
+    def _mlp(self, h: Tensor, add: Tensor) -> tuple[Tensor, Tensor]:
         if self.mlp is None or self.mlp_norm is None:
-            return h
-        return h + self.mlp(self.mlp_norm(h))
+            return h, add
+        h, x = self.mlp_norm(h, add)
+        return h, self.mlp(x)
 
 
 class LanguageModel(nn.Module):
@@ -72,7 +82,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.norm = RMSNorm(config.dim)
+        self.norm = ResidualRMSNorm(config.dim)
         self._initialise()
 
     @torch.no_grad()
@@ -94,13 +104,13 @@ class LanguageModel(nn.Module):
         self, tokens: Tensor, state: LMState | None = None, return_state: bool = False
     ) -> tuple[Tensor, LMState]:
         """tokens [B, T] -> normalised residual stream [B, T, D], and the state after them (empty unless asked for)."""
-        h = self.embedding(tokens)
+        h, add = self.embedding(tokens), None
         states: LMState = []
         for i, block in enumerate(self.blocks):
-            h, new_state = block(h, None if state is None else state[i], return_state)
+            h, add, new_state = block(h, add, None if state is None else state[i], return_state)
             if return_state:
                 states.append(new_state)
-        return self.norm(h), states
+        return self.norm(h, add)[1], states
 
     def forward(self, tokens: Tensor, state: LMState | None = None) -> Tensor:
         """tokens [B, T] int64 -> logits [B, T, N]."""
@@ -122,9 +132,9 @@ class LanguageModel(nn.Module):
 
     def step(self, token: Tensor, state: LMState) -> tuple[Tensor, LMState]:
         """One token [B] -> logits [B, N] and the new state."""
-        h = self.embedding(token)
+        h, add = self.embedding(token), None
         states: LMState = []
         for block, block_state in zip(self.blocks, state, strict=True):
-            h, new_state = block.step(h, block_state)  # type: ignore[operator]
+            h, add, new_state = block.step(h, add, block_state)  # type: ignore[operator]
             states.append(new_state)
-        return F.linear(self.norm(h), self.embedding.weight), states
+        return F.linear(self.norm(h, add)[1], self.embedding.weight), states
