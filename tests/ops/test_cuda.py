@@ -2,58 +2,66 @@
 
 from __future__ import annotations
 
-import re
-import shutil
-import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import machine_code
 import pytest
 import torch
+from machine_code import Usage
+from operands import Operands, assert_close, operands
 
 from e88.ops import tanh_delta_rule
 from e88.ops.cuda import compile as kernels
 from e88.ops.cuda.plan import Plan, make_plan
 from e88.ops.cuda.recurrence import run
-from tests.ops.operands import Operands, assert_close, operands
 
 BF16 = 5e-3
 FLOAT32 = 2e-5
 HEADS = 1792
+KERNELS = ["forward", "backward"]
+linux = pytest.mark.skipif(sys.platform != "linux", reason="NVRTC and Triton are on Linux")
 
 
-def _ptxas(kernel: str, plan: Plan, backward: bool, arch: str, folder: Path, save: bool = True) -> str:
-    if shutil.which("nvcc") is None:
-        pytest.skip("no nvcc to compile with")
-    text = folder / "kernel.cu"
-    text.write_text(kernels.source(f"{kernel}_float" if plan.precise else kernel))
-    flags = [f"-D{name}={value}" for name, value in plan.defines(backward, save).items()]
-    command = ["nvcc", "-cubin", "-std=c++17", f"-arch={arch}", "-Xptxas=-v", *flags, str(text), "-o", f"{text}bin"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+def _usage(kernel: str, plan: Plan, arch: str) -> Usage:
+    """What NVRTC makes of the kernel; it needs no GPU. The package's development tools bring NVRTC."""
+    name = f"{kernel}_float" if plan.precise else kernel
+    return machine_code.nvidia(kernels.compile_cubin(name, arch, plan.defines(kernel == "backward")))
 
 
+@linux
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 @pytest.mark.parametrize(
-    ("kernel", "arch"), [("forward", "sm_80"), ("backward", "sm_80"), ("forward", "sm_100"), ("backward", "sm_100")]
+    ("K", "V", "dtype"), [(32, 32, torch.bfloat16), (64, 64, torch.float16), (24, 40, torch.float32)]
 )
-def test_compiles_for_every_generation(kernel: str, arch: str, tmp_path: Path) -> None:
-    plan = make_plan(32, 32, torch.bfloat16, True, False, HEADS)
-    assert "Used" in _ptxas(kernel, plan, kernel == "backward", arch, tmp_path)
+def test_compiles_for_every_generation(kernel: str, arch: str, K: int, V: int, dtype: torch.dtype) -> None:
+    usage = _usage(kernel, make_plan(K, V, dtype, True, False, HEADS), arch)
+    # A limit set for more blocks at a time may cost a few registers, which stay in the cache.
+    assert usage.registers >= 32 and usage.spilled_bytes <= 32
 
 
-def test_float32_kernels_compile(tmp_path: Path) -> None:
-    plan = make_plan(24, 40, torch.float32, True, True)
-    for kernel in ("forward", "backward"):
-        assert "Used" in _ptxas(kernel, plan, kernel == "backward", "sm_90", tmp_path)
+@linux
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("n", [8, 16, 40, 96, 128])
+def test_registers_suffice(n: int, kernel: str) -> None:
+    assert _usage(kernel, make_plan(n, n, torch.bfloat16, True, False, HEADS), "sm_90").spilled_bytes == 0
 
 
-@pytest.mark.parametrize("n", [16, 32, 64, 128])
-def test_registers_suffice(n: int, tmp_path: Path) -> None:
-    plan = make_plan(n, n, torch.bfloat16, True, False, HEADS)
-    for kernel in ("forward", "backward"):
-        log = _ptxas(kernel, plan, kernel == "backward", "sm_90", tmp_path)
-        spilled = re.search(r"(\d+) bytes spill stores", log)
-        assert spilled is not None
-        assert int(spilled.group(1)) == 0
+@linux
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_kernel_that_needs_too_many_registers_is_seen_to_spill(kernel: str) -> None:
+    plan = make_plan(128, 128, torch.bfloat16, True, False, HEADS)
+    crowded = replace(plan, forward_blocks=16, backward_blocks=16)
+    assert _usage(kernel, crowded, "sm_90").spilled_bytes > 0
+
+
+@linux
+def test_code_that_does_not_compile_says_so() -> None:
+    defines = make_plan(32, 32, torch.bfloat16, True, False).defines(False)
+    with pytest.raises(RuntimeError, match="NVRTC cannot compile the forward kernel"):
+        kernels.compile_cubin("forward", "sm_90", defines | {"TILES": 0})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -73,15 +81,11 @@ def test_headers_are_put_in_place() -> None:
     for kernel in ("forward", "backward", "forward_float", "backward_float"):
         text = kernels.source(kernel)
         assert "#include" not in text
-        assert f'__launch_bounds__(THREADS, BLOCKS)\ne88_{kernel.split("_")[0]}(' in text
+        assert f"__launch_bounds__(THREADS, BLOCKS)\ne88_{kernel.split('_')[0]}(" in text
 
 
+@linux
 def test_cache_is_read_and_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
-    try:
-        nvrtc.nvrtcVersion()
-    except RuntimeError:
-        pytest.skip("no NVRTC to compile with")
     monkeypatch.setenv("E88_CACHE", str(tmp_path))
     plan = make_plan(8, 8, torch.bfloat16, True, False)
     code = kernels.compile_cubin("forward", "sm_90", plan.defines(False))
