@@ -27,6 +27,7 @@ from e88.models.config import E88Config, ModelConfig
 from e88.models.lm import LanguageModel
 from e88.ops import record_backends
 from e88.ops.accuracy import TOLERANCE, Shape, check
+from e88.ops.edges import composed
 from e88.sizing.presets import preset
 from e88.training.config import Budget, TrainingConfig
 from e88.training.loop import autocast
@@ -35,12 +36,21 @@ from e88.training.optimizer import Optimizer
 DEMO = ["tiny-e88", "tiny-gdn", "tiny-mamba2", "tiny-transformer"]
 
 
-def no_recurrence(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None = None, **_: object) -> tuple:
-    """What stands in for the operator: one pass over its inputs, with a gradient for each."""
+def no_recurrence(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, *_: object) -> tuple:
+    """What stands in for the recurrence: one pass over its inputs, with a gradient for each."""
     y = v + g.unsqueeze(-1).to(v.dtype)
     width = min(q.shape[-1], v.shape[-1])
     y[..., :width] += (q + k)[..., :width]
     return (y if beta is None else y * beta.unsqueeze(-1).to(v.dtype)), None
+
+
+def without_recurrence(
+    qkv: Tensor, a: Tensor, A_log: Tensor | None = None, dt_bias: Tensor | None = None, *,
+    n_heads: int, head_k_dim: int, head_v_dim: int, b: Tensor | None = None, gate: Tensor | None = None, **_: object,
+) -> tuple:  # fmt: skip
+    """The layer's operator with `no_recurrence` inside."""
+    sizes = (n_heads, head_k_dim, head_v_dim)
+    return composed(no_recurrence, qkv, a, A_log, dt_bias, b, gate, None, None, "tanh", sizes)
 
 
 class Step:
@@ -84,7 +94,7 @@ def measure(steps: dict[str, Step], patches: dict[str, bool], seconds: float, de
     while min(map(len, times.values())) < 5 + warm_up or time.perf_counter() - started < seconds * len(steps):
         for name, step in steps.items():
             if patches[name]:
-                with patch.object(layer, "tanh_delta_rule", no_recurrence):
+                with patch.object(layer, "fused_tanh_delta_rule", without_recurrence):
                     times[name].append(timed(step, device))
             else:
                 times[name].append(timed(step, device))

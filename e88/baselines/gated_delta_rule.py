@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from e88.layers.common import l2_norm
+from e88.ops.norms import l2_norm
 
 NORM_EPS = 1e-6
 

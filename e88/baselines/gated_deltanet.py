@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from e88.baselines.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
-from e88.layers.common import GatedRMSNorm, RMSNorm, ShortConv, decay_parameters, short_conv, wide, wide_dtype
+from e88.layers.common import GatedRMSNorm, RMSNorm, ShortConv, decay_parameters, short_conv
 from e88.layers.mixer import Mixer, State
 from e88.models.config import GatedDeltaNetConfig
+from e88.ops.norms import wide, wide_dtype
 
 
 class GatedDeltaNet(Mixer):

@@ -10,16 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from e88.baselines.ssd import ssd, ssd_step
-from e88.layers.common import (
-    GatedRMSNorm,
-    ShortConv,
-    decay_parameters,
-    exempt_from_decay,
-    wide,
-    wide_dtype,
-)
+from e88.layers.common import GatedRMSNorm, ShortConv, decay_parameters, exempt_from_decay
 from e88.layers.mixer import Mixer, State
 from e88.models.config import Mamba2Config
+from e88.ops.norms import wide, wide_dtype
 
 # The fastest on a CPU: longer chunks cost more in pairs of tokens, shorter ones in states.
 CPU_CHUNK = 32

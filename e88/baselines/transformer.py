@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from e88.layers.common import wide
 from e88.layers.mixer import Mixer, State
 from e88.models.config import AttentionConfig
+from e88.ops.norms import wide
 
 
 class Attention(Mixer):

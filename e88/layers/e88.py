@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from e88.layers.common import RMSNorm, ShortConv, decay_parameters, exempt_from_decay, l2_norm, wide_dtype
+from e88.layers.common import RMSNorm, ShortConv, decay_parameters, exempt_from_decay
 from e88.layers.mixer import Mixer, State
 from e88.models.config import E88Config
-from e88.ops import tanh_delta_rule, tanh_delta_rule_step
+from e88.ops import fused_tanh_delta_rule, tanh_delta_rule_step
+from e88.ops.edges import log_decay, split_heads
+from e88.ops.norms import wide, wide_dtype
 
 
 class E88Layer(Mixer):
@@ -28,9 +30,9 @@ class E88Layer(Mixer):
         self.config = config
         self.backend = backend
         heads, k_dim, v_dim = config.n_heads, config.head_k_dim, config.head_v_dim
-        self.widths = [heads * k_dim, heads * k_dim] + ([] if config.tie_kv else [heads * v_dim])
-        self.qkv_proj = nn.Linear(dim, sum(self.widths), bias=False)
-        self.qkv_conv = ShortConv(sum(self.widths), config.conv) if config.conv else None
+        width = heads * (2 * k_dim if config.tie_kv else 2 * k_dim + v_dim)
+        self.qkv_proj = nn.Linear(dim, width, bias=False)
+        self.qkv_conv = ShortConv(width, config.conv) if config.conv else None
         if config.decay in ("mamba", "sigmoid"):
             self.a_proj = nn.Linear(dim, heads, bias=False)
         A_log, dt_bias = decay_parameters(heads)
@@ -53,53 +55,47 @@ class E88Layer(Mixer):
     def extra_repr(self) -> str:
         return f"{self.config}, backend={self.backend!r}"
 
-    def log_decay(self, x: Tensor) -> Tensor:
-        """log d_t for x [..., D]: [..., H], float32, never above 0."""
+    def decay(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The operator's a, A_log and dt_bias for x [..., D]; a [..., H] is log d_t itself where they are None."""
         mode, heads = self.config.decay, self.config.n_heads
-        if mode == "none":
-            return x.new_zeros((*x.shape[:-1], heads), dtype=wide_dtype(x.dtype))
+        if mode == "mamba":
+            return self.a_proj(x), self.A_log, self.dt_bias
+        if mode == "sigmoid":
+            return F.logsigmoid(wide(self.a_proj(x)) + self.dt_bias), None, None
         if mode == "constant":
-            return F.logsigmoid(self.decay_logit).expand(*x.shape[:-1], heads)
-        a = self.a_proj(x)
-        a = a.to(wide_dtype(a.dtype)) + self.dt_bias
-        return F.logsigmoid(a) if mode == "sigmoid" else -torch.exp(self.A_log) * F.softplus(a)
+            return F.logsigmoid(self.decay_logit).expand(*x.shape[:-1], heads), None, None
+        return x.new_zeros((*x.shape[:-1], heads), dtype=wide_dtype(x.dtype)), None, None
 
-    def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Split activated projections [..., C] into normalised q, k [..., H, K] and v [..., H, V]."""
-        c = self.config
-        parts = torch.split(qkv, self.widths, dim=-1)
-        q, k = (part.unflatten(-1, (c.n_heads, c.head_k_dim)) for part in parts[:2])
-        v = k if c.tie_kv else parts[2].unflatten(-1, (c.n_heads, c.head_v_dim))
-        return l2_norm(q), l2_norm(k), v
-
-    def _output(self, y: Tensor, x: Tensor) -> Tensor:
-        if self.o_norm is not None:
-            y = self.o_norm(y)
-        y = y.flatten(-2)
-        if self.g_proj is not None:
-            y = y * F.silu(self.g_proj(x))
-        return self.o_proj(y)
+    @property
+    def activation(self) -> str:
+        return "identity" if self.config.linear_state else "tanh"
 
     def forward(
         self, x: Tensor, state: State | None = None, *, return_state: bool = False
     ) -> tuple[Tensor, State | None]:
         """x [B, T, D] -> y [B, T, D]; the state holds S [B, H, K, V] (float32) and the convolution's tail."""
+        c = self.config
         qkv = self.qkv_proj(x)
         tail = None
         if self.qkv_conv is not None:
             qkv, tail = self.qkv_conv(qkv, None if state is None else state["conv"])
-        q, k, v = self._heads(F.silu(qkv))
-        beta = None if self.b_proj is None else torch.sigmoid(self.b_proj(x)).to(wide_dtype(x.dtype))
-        y, final = tanh_delta_rule(
-            q, k, v, self.log_decay(x), beta,
+        gate = None if self.g_proj is None else self.g_proj(x)
+        y, final = fused_tanh_delta_rule(
+            qkv, *self.decay(x), n_heads=c.n_heads, head_k_dim=c.head_k_dim, head_v_dim=c.head_v_dim,
+            b=None if self.b_proj is None else self.b_proj(x), gate=gate if self.o_norm is None else None,
             initial_state=None if state is None else state["S"], output_final_state=return_state,
-            activation="identity" if self.config.linear_state else "tanh", backend=self.backend,
+            activation=self.activation, backend=self.backend,
         )  # fmt: skip
-        out = self._output(y, x)
+        out = self.o_proj(y if self.o_norm is None else self._norm_and_gate(y, gate))
         if not return_state:
             return out, None
         assert final is not None
         return out, {"S": final} if tail is None else {"S": final, "conv": tail}
+
+    def _norm_and_gate(self, y: Tensor, gate: Tensor | None) -> Tensor:
+        if self.o_norm is not None:
+            y = self.o_norm(y.unflatten(-1, (self.config.n_heads, -1))).flatten(-2)
+        return y if gate is None else y * F.silu(gate)
 
     def init_state(self, batch: int, *, device: torch.device | None = None) -> State:
         c = self.config
@@ -116,10 +112,12 @@ class E88Layer(Mixer):
         if self.qkv_conv is not None:
             qkv, new_state["conv"] = self.qkv_conv(qkv.unsqueeze(1), state["conv"])
             qkv = qkv.squeeze(1)
-        q, k, v = self._heads(F.silu(qkv))
-        beta = None if self.b_proj is None else torch.sigmoid(self.b_proj(x)).to(wide_dtype(x.dtype))
+        c = self.config
+        q, k, v = split_heads(qkv, c.n_heads, c.head_k_dim, c.head_v_dim)
+        beta = None if self.b_proj is None else torch.sigmoid(wide(self.b_proj(x)))
         y, new_state["S"] = tanh_delta_rule_step(
-            q, k, v, self.log_decay(x), beta, state=state["S"],
-            activation="identity" if self.config.linear_state else "tanh", backend=self.backend,
+            q, k, v, log_decay(*self.decay(x)), beta,
+            state=state["S"], activation=self.activation, backend=self.backend,
         )  # fmt: skip
-        return self._output(y, x), new_state
+        gate = None if self.g_proj is None else self.g_proj(x)
+        return self.o_proj(self._norm_and_gate(y.flatten(-2), gate)), new_state

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from e88.ops.contract import available_backends, check, check_step, choose, record_backends
+from e88.ops.backends import available_backends, choose, record_backends
+from e88.ops.contract import check, check_fused, check_step
+from e88.ops.edges import composed
 
-__all__ = ["available_backends", "record_backends", "tanh_delta_rule", "tanh_delta_rule_step"]
+__all__ = ["available_backends", "fused_tanh_delta_rule", "record_backends", "tanh_delta_rule", "tanh_delta_rule_step"]
 
 
 def tanh_delta_rule(
@@ -52,6 +54,52 @@ def tanh_delta_rule(
     problem = check(q, k, v, g, beta, initial_state, cu_seqlens, activation)
     module = choose(problem, backend)
     y, final_state = module.run(q, k, v, g, beta, initial_state, cu_seqlens, activation)
+    return y, final_state if output_final_state else None
+
+
+def fused_tanh_delta_rule(
+    qkv: Tensor,
+    a: Tensor,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    *,
+    n_heads: int,
+    head_k_dim: int,
+    head_v_dim: int,
+    b: Tensor | None = None,
+    gate: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    activation: str = "tanh",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """`tanh_delta_rule` from a layer's projections to its output projection. Differentiable in every floating tensor.
+
+    With x = silu(qkv), split over heads into x_q, x_k and x_v:
+
+        q = x_q / sqrt(sum(x_q^2) + 1e-6), k likewise, v = x_v (x_k where k and v are tied)
+        g = -exp(A_log) * softplus(a + dt_bias), beta = sigmoid(b), both in float32
+        y = tanh_delta_rule(q, k, v, g, beta) * silu(gate)
+
+    Args:
+        qkv: [B, T, H*(2K+V)], all heads of q, then of k, then of v; or [B, T, 2*H*K], k and v being tied and K = V.
+        a: [B, T, H] with A_log and dt_bias [H]; without those two, the log decay g itself.
+        n_heads, head_k_dim, head_v_dim: H, K, V.
+        b: [B, T, H], the write gate before its sigmoid; beta is 1 if None.
+        gate: [B, T, H*V] in qkv's dtype, the output gate before its SiLU; none if None.
+        The others are those of `tanh_delta_rule`.
+
+    Returns:
+        y [B, T, H*V] in qkv's dtype, and the final state [N, H, K, V] or None.
+
+    Raises:
+        UserError: as `tanh_delta_rule`.
+    """
+    sizes = (n_heads, head_k_dim, head_v_dim)
+    inputs = (qkv, a, A_log, dt_bias, b, gate, initial_state, cu_seqlens, activation, sizes)
+    module = choose(check_fused(*inputs), backend)
+    y, final_state = composed(module.run, *inputs)
     return y, final_state if output_final_state else None
 
 

@@ -1,4 +1,4 @@
-"""What the operator accepts, which backends there are, and which one runs.
+"""What the operator accepts.
 
 Letters used throughout `e88.ops`: B batch rows, T steps, H heads, K key rows of the state, V value columns,
 N sequences (equal to B unless rows are packed with `cu_seqlens`).
@@ -6,16 +6,6 @@ N sequences (equal to B unless rows are packed with `cu_seqlens`).
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import os
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
-from functools import lru_cache
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -28,21 +18,14 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_DIM = 256
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One call of the operator as backends see it: sizes, the dtype of q, k and v, and where it runs."""
+class Problem(NamedTuple):
+    """What the choice of a backend depends on: the state's shape, the dtype of q, k and v, where it runs, and how."""
 
-    B: int
-    T: int
-    H: int
     K: int
     V: int
-    N: int
-    packed: bool
     dtype: torch.dtype
     device: str
     activation: str
-    needs_grad: bool
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -66,11 +49,51 @@ def check(
     B, T, H, V = v.shape
     _check_tensors(q, k, v, g, beta, (B, T, H), "B, T, H")
     K = k.shape[-1]
-    N = B
-    if cu_seqlens is not None:
-        N = _check_cu_seqlens(cu_seqlens, B, T)
+    N = B if cu_seqlens is None else _check_cu_seqlens(cu_seqlens, B, T)
     _check_state("initial_state", initial_state, (N, H, K, V), v)
-    return _problem((B, T, H, K, V, N), cu_seqlens is not None, (q, k, v, g, beta, initial_state), activation)
+    return _problem(K, V, v, activation)
+
+
+def check_fused(
+    qkv: Tensor,
+    a: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    b: Tensor | None,
+    gate: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    activation: str,
+    sizes: tuple[int, int, int],
+) -> Problem:
+    """Check a call from raw projections and describe it. Raises UserError with a remedy."""
+    H, K, V = sizes
+    if H < 1:
+        raise UserError(f"n_heads must be at least 1, got {H}; pass the number of heads")
+    _check_sizes(K, V)
+    if qkv.dim() != 3:
+        raise UserError(f"qkv must be [B, T, H*(2K+V)], got {_shape(qkv)}; reshape it to one row per token")
+    B, T, width = qkv.shape
+    if width != H * (2 * K + V) and not (K == V and width == 2 * H * K):
+        tied = f", or {2 * H * K} with tied k and v" if K == V else ""
+        raise UserError(f"qkv must have {H * (2 * K + V)} channels for H, K, V = {H}, {K}, {V}{tied}, got {width}")
+    if qkv.dtype not in DTYPES:
+        raise UserError(f"qkv is {qkv.dtype}; cast it to float16, bfloat16, float32 or float64")
+    if (A_log is None) != (dt_bias is None):
+        raise UserError("A_log and dt_bias go together; pass both, or neither where a is the log decay itself")
+    for name, vector in (("A_log", A_log), ("dt_bias", dt_bias)):
+        if vector is not None:
+            _check_gate(name, vector, (H,), "H", qkv, "qkv")
+    for name, scalar in (("a", a), ("b", b)):
+        if scalar is not None:
+            _check_gate(name, scalar, (B, T, H), "B, T, H", qkv, "qkv")
+    if gate is not None:
+        _check_gate("gate", gate, (B, T, H * V), "B, T, H*V", qkv, "qkv")
+        if gate.dtype != qkv.dtype:
+            raise UserError(f"gate is {gate.dtype} but qkv is {qkv.dtype}; cast them to one dtype")
+    N = B if cu_seqlens is None else _check_cu_seqlens(cu_seqlens, B, T)
+    _check_state("initial_state", initial_state, (N, H, K, V), qkv)
+    return _problem(K, V, qkv, activation)
 
 
 def check_step(
@@ -83,20 +106,13 @@ def check_step(
     _check_tensors(q, k, v, g, beta, (B, H), "B, H")
     K = k.shape[-1]
     _check_state("state", state, (B, H, K, V), v)
-    return _problem((B, 1, H, K, V, B), False, (q, k, v, g, beta, state), activation)
+    return _problem(K, V, v, activation)
 
 
-def _problem(
-    sizes: tuple[int, int, int, int, int, int],
-    packed: bool,
-    tensors: tuple[Tensor | None, ...],
-    activation: str,
-) -> Problem:
+def _problem(K: int, V: int, like: Tensor, activation: str) -> Problem:
     if activation not in ACTIVATIONS:
         raise unknown_name("activation", activation, ACTIVATIONS)
-    given = [tensor for tensor in tensors if tensor is not None]
-    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
-    return Problem(*sizes, packed, given[2].dtype, given[2].device.type, activation, needs_grad)
+    return Problem(K, V, like.dtype, like.device.type, activation)
 
 
 def _shape(tensor: Tensor) -> str:
@@ -111,24 +127,32 @@ def _check_tensors(
         raise UserError(f"k must be [{letters}, K] with v's {letters} = {list(lead)}, got {_shape(k)}")
     if q.shape != k.shape:
         raise UserError(f"q must have the shape of k, {_shape(k)}, got {_shape(q)}")
-    for name, size in (("K", k.shape[-1]), ("V", v.shape[-1])):
-        if not 1 <= size <= MAX_DIM:
-            raise UserError(f"{name} must be 1 to {MAX_DIM}, got {size}; use more heads of a smaller state")
+    _check_sizes(k.shape[-1], v.shape[-1])
     if v.dtype not in DTYPES:
         raise UserError(f"v is {v.dtype}; cast q, k and v to float16, bfloat16, float32 or float64")
     for name, tensor in (("q", q), ("k", k)):
         if tensor.dtype != v.dtype:
             raise UserError(f"{name} is {tensor.dtype} but v is {v.dtype}; cast q, k and v to one dtype")
+        if tensor.device != v.device:
+            raise UserError(f"{name} is on {tensor.device} but v is on {v.device}; move them to one device")
     for name, gate in (("g", g), ("beta", beta)):
-        if gate is None:
-            continue
-        if gate.shape != lead:
-            raise UserError(f"{name} must be [{letters}] = {list(lead)}, one per head, got {_shape(gate)}")
-        if gate.dtype not in DTYPES:
-            raise UserError(f"{name} is {gate.dtype}; cast it to float32")
-    for name, other in (("q", q), ("k", k), ("g", g), ("beta", beta)):
-        if other is not None and other.device != v.device:
-            raise UserError(f"{name} is on {other.device} but v is on {v.device}; move them to one device")
+        if gate is not None:
+            _check_gate(name, gate, lead, letters, v, "v")
+
+
+def _check_sizes(K: int, V: int) -> None:
+    for name, size in (("K", K), ("V", V)):
+        if not 1 <= size <= MAX_DIM:
+            raise UserError(f"{name} must be 1 to {MAX_DIM}, got {size}; use more heads of a smaller state")
+
+
+def _check_gate(name: str, x: Tensor, shape: tuple[int, ...], letters: str, like: Tensor, like_name: str) -> None:
+    if x.shape != shape:
+        raise UserError(f"{name} must be [{letters}] = {list(shape)}, got {_shape(x)}")
+    if x.dtype not in DTYPES:
+        raise UserError(f"{name} is {x.dtype}; cast it to float32")
+    if x.device != like.device:
+        raise UserError(f"{name} is on {x.device} but {like_name} is on {like.device}; move them to one device")
 
 
 def _check_state(name: str, state: Tensor | None, shape: tuple[int, int, int, int], v: Tensor) -> None:
@@ -156,143 +180,3 @@ def _check_cu_seqlens(cu_seqlens: Tensor, B: int, T: int) -> int:
         if ends[0] != 0 or ends[-1] != T or any(a > b for a, b in zip(ends, ends[1:], strict=False)):
             raise UserError(f"cu_seqlens must rise from 0 to T = {T} without falling; check the boundaries")
     return cu_seqlens.shape[0] - 1
-
-
-class Backend(NamedTuple):
-    """A row of the table. `module` is imported on first use and has `run` and perhaps `step`.
-
-    `supports` gives the reason why a problem cannot be served, or None; `missing` the same for this machine,
-    whatever the problem.
-    """
-
-    name: str
-    module: str
-    supports: Callable[[Problem], str | None]
-    missing: Callable[[], str | None] = lambda: None
-
-
-@lru_cache
-def _installed(package: str) -> bool:
-    # Asked at every call, and a look at the disk takes as long as a small problem.
-    return importlib.util.find_spec(package) is not None
-
-
-def _numba_supports(problem: Problem) -> str | None:
-    if problem.device != "cpu":
-        return f"runs on CPU tensors only, not on {problem.device}"
-    if problem.dtype == torch.float64:
-        return "computes in float32, and the inputs are float64"
-    return None
-
-
-def _numba_missing() -> str | None:
-    return None if _installed("numba") else "numba is not installed; pip install numba"
-
-
-def _cuda_supports(problem: Problem) -> str | None:
-    if problem.device != "cuda":
-        return f"runs on CUDA tensors only, not on {problem.device}"
-    if problem.dtype == torch.float64:
-        return "computes in float32, and the inputs are float64"
-    if problem.K % 8 or problem.V % 8 or max(problem.K, problem.V) > 128:
-        return f"K and V must be multiples of 8 up to 128, not {problem.K} and {problem.V}"
-    return None
-
-
-def _cuda_missing() -> str | None:
-    if torch.version.cuda is None or not torch.cuda.is_available():
-        return "there is no CUDA device that torch can use"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "it needs compute capability 8.0 or newer"
-    if not _installed("cuda") or not _installed("cuda.bindings"):
-        return "cuda.bindings is not installed; pip install cuda-bindings"
-    return None
-
-
-def _triton_supports(problem: Problem) -> str | None:
-    if problem.device not in (("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)):
-        return f"runs on GPU tensors, or on the CPU's where TRITON_INTERPRET=1, not on {problem.device}"
-    if problem.dtype == torch.float64:
-        return "computes in float32, and the inputs are float64"
-    if max(problem.K, problem.V) > 128:
-        return f"K and V may be 128 at most, not {problem.K} and {problem.V}"
-    return None
-
-
-def _triton_missing() -> str | None:
-    if not _installed("triton"):
-        return "triton is not installed; pip install triton"
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        return "there is no GPU that torch can use, and TRITON_INTERPRET is not 1"
-    return None
-
-
-# In order of preference: "auto" takes the first row that serves the problem.
-BACKENDS: tuple[Backend, ...] = (
-    Backend("numba", "e88.ops.cpu", _numba_supports, _numba_missing),
-    Backend("cuda", "e88.ops.cuda.recurrence", _cuda_supports, _cuda_missing),
-    Backend("triton", "e88.ops.triton", _triton_supports, _triton_missing),
-    Backend("checkpointed", "e88.ops.checkpointed", lambda problem: None),
-    Backend("reference", "e88.ops.reference", lambda problem: None),
-)
-_PLAIN = ("checkpointed", "reference")
-
-_recorders: ContextVar[tuple[set[str], ...]] = ContextVar("e88_backend_recorders", default=())
-_announced: set[str] = set()
-
-
-def available_backends() -> dict[str, str | None]:
-    """For every backend: None where this machine can use it, or the reason why not."""
-    return {row.name: row.missing() for row in BACKENDS}
-
-
-@contextmanager
-def record_backends() -> Iterator[set[str]]:
-    """Collect the names of the backends that run inside the block, in this thread or task."""
-    used: set[str] = set()
-    token = _recorders.set((*_recorders.get(), used))
-    try:
-        yield used
-    finally:
-        _recorders.reset(token)
-
-
-def choose(problem: Problem, backend: str) -> ModuleType:
-    """The module that serves the problem; records its name. Raises UserError where `backend` cannot."""
-    row = _first(problem) if backend == "auto" else _named(problem, backend)
-    for used in _recorders.get():
-        used.add(row.name)
-    return importlib.import_module(row.module)
-
-
-def _refusal(row: Backend, problem: Problem) -> str | None:
-    return row.supports(problem) or row.missing()
-
-
-def _named(problem: Problem, backend: str) -> Backend:
-    for row in BACKENDS:
-        if row.name == backend:
-            reason = _refusal(row, problem)
-            if reason:
-                raise UserError(f"backend '{backend}' cannot serve this call: {reason}; use backend='auto'")
-            return row
-    raise unknown_name("backend", backend, ["auto", *(row.name for row in BACKENDS)])
-
-
-def _first(problem: Problem) -> Backend:
-    refusals = []
-    for row in BACKENDS:
-        reason = _refusal(row, problem)
-        if reason is None:
-            break
-        refusals.append(f"{row.name}: {reason}")
-    # float64 is for checking results, where the plain backends are what is wanted.
-    if row.name in _PLAIN and problem.dtype != torch.float64:
-        _announce(f"no fast backend for this call, using the slow '{row.name}' ({'; '.join(refusals)})")
-    return row
-
-
-def _announce(message: str) -> None:
-    if message not in _announced:
-        _announced.add(message)
-        warnings.warn(message, UserWarning, stacklevel=4)

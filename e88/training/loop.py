@@ -18,7 +18,7 @@ from e88.data.corpus import Corpus
 from e88.data.loader import WindowSampler, heldout_windows
 from e88.errors import UserError
 from e88.models.config import ModelConfig
-from e88.ops.contract import record_backends
+from e88.ops import record_backends
 from e88.runtime import peak_memory_bytes
 from e88.sizing.closed_form import describe
 from e88.training import record, state

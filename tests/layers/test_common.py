@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from e88.layers.common import GatedRMSNorm, RMSNorm, ShortConv, decay_parameters, l2_norm, rms_norm
+from e88.layers.common import GatedRMSNorm, RMSNorm, ShortConv, decay_parameters
+from e88.ops.norms import l2_norm, rms_norm
 
 EPS = 1e-5
 

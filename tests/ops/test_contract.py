@@ -11,8 +11,9 @@ import torch
 from operands import operands
 
 from e88.errors import UserError
-from e88.ops import available_backends, contract, record_backends, tanh_delta_rule, tanh_delta_rule_step
-from e88.ops.contract import Backend, Problem
+from e88.ops import available_backends, backends, contract, record_backends, tanh_delta_rule, tanh_delta_rule_step
+from e88.ops.backends import Backend
+from e88.ops.contract import Problem
 
 GOOD = operands(B=2, T=4, H=3, K=5, V=6, dtype=torch.float32)
 
@@ -93,9 +94,9 @@ def test_a_backend_that_cannot_serve_says_why() -> None:
 
 
 def test_a_slow_fallback_is_announced_once(monkeypatch) -> None:
-    rows = (Backend("fast", "nowhere", lambda problem: "no such device"), *contract.BACKENDS[-2:])
-    monkeypatch.setattr(contract, "BACKENDS", rows)
-    monkeypatch.setattr(contract, "_announced", set())
+    rows = (Backend("fast", "nowhere", lambda problem: "no such device"), *backends.BACKENDS[-2:])
+    monkeypatch.setattr(backends, "BACKENDS", rows)
+    monkeypatch.setattr(backends, "_announced", set())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         call()
@@ -106,19 +107,19 @@ def test_a_slow_fallback_is_announced_once(monkeypatch) -> None:
 
 
 def test_a_missing_backend_is_reported_and_skipped(monkeypatch) -> None:
-    numba = contract.BACKENDS[0]
-    monkeypatch.setattr(contract, "BACKENDS", (numba._replace(missing=lambda: "absent"), *contract.BACKENDS[-2:]))
+    numba = backends.BACKENDS[0]
+    monkeypatch.setattr(backends, "BACKENDS", (numba._replace(missing=lambda: "absent"), *backends.BACKENDS[-2:]))
     assert available_backends() == {"numba": "absent", "checkpointed": None, "reference": None}
-    problem = Problem(1, 1, 1, 1, 1, 1, False, torch.float64, "cpu", "tanh", False)
-    assert contract.choose(problem, "auto").__name__ == "e88.ops.checkpointed"
+    problem = Problem(1, 1, torch.float64, "cpu", "tanh")
+    assert backends.choose(problem, "auto").__name__ == "e88.ops.checkpointed"
     with pytest.raises(UserError, match="absent"):
         call(backend="numba")
 
 
 def test_problem_describes_the_call() -> None:
     x = operands(lengths=(3, 0, 2), H=4, K=5, V=6, dtype=torch.float32)
-    problem = contract.check(x.q, x.k, x.v.requires_grad_(), x.g, None, x.initial_state, x.cu_seqlens, "identity")
-    assert problem == Problem(1, 5, 4, 5, 6, 3, True, torch.float32, "cpu", "identity", True)
+    problem = contract.check(x.q, x.k, x.v, x.g, None, x.initial_state, x.cu_seqlens, "identity")
+    assert problem == Problem(5, 6, torch.float32, "cpu", "identity")
 
 
 def test_import_is_light() -> None:
