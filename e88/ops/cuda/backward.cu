@@ -47,7 +47,7 @@ DEVICE void store_sum(summed* p, const float (&x)[8]) { store_floats(p, x); }
 // Keeps the compiler from working out addresses before the loop over segments, for which registers do not suffice.
 DEVICE void opaque(int& x) { asm volatile("" : "+r"(x)); }
 
-// Sequences, steps and heads are laid out as in forward.cu. e: bf16 [tokens, H, 2, V]; dy, dv: [tokens, H, V]; dq, dk: [SPLITS, tokens, H, K];
+// Sequences, steps and heads are laid out as in forward.cu. e: fp16 [tokens, H, V]; dy, dv: [tokens, H, V]; dq, dk: [SPLITS, tokens, H, K];
 // dg, dbeta: [SPLITS, tokens, H]; a null final-state gradient is zero, a null initial-state gradient is not wanted.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 e88_backward(const element* __restrict__ q, const element* __restrict__ k, const u16* __restrict__ e,
@@ -137,7 +137,7 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
   // What the next segment needs is loaded while this one is written out. Keys go to the first warps, columns to the last.
   const int segments = (length + SEGMENT - 1) / SEGMENT;
   uint4 next_key[KEY_TASKS], next_query[KEY_TASKS];
-  Columns next_e[VALUE_TASKS][2], next_dy[VALUE_TASKS];
+  Columns next_e[VALUE_TASKS], next_dy[VALUE_TASKS];
   u32 next_state[TILES][2][ROWS / 2];
   float next_decay = 0, next_beta = 0;
   auto fetch_state = [&](int segment) {
@@ -166,11 +166,9 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
       const int x = THREADS - 1 - tid + n * THREADS, s = x / (COLS / 16), j = x % (COLS / 16) * 16;
       const bool low = V % COLS == 0 || first + j < V, high = V % COLS == 0 || first + j + 8 < V;
       const bool here = s < steps, before = s <= steps && s0 + s > 0;
-      const u16* e_at = e + (i64)(begin + s0 + s) * (H * 2 * V) + at_column + head * V + j;
+      const u16* e_at = e + (i64)(begin + s0 + s) * (H * V) + at_column + j;
       const u16* dy_at = dy + (i64)(begin + s0 + s - 1) * (H * V) + at_column + j;
-#pragma unroll
-      for (int part = 0; part < 2; part++)
-        next_e[n][part] = {load_8(e_at + part * V, low && here), load_8(e_at + part * V + 8, high && here)};
+      next_e[n] = {load_8(e_at, low && here), load_8(e_at + 8, high && here)};
       next_dy[n] = {load_8(dy_at, low && before), load_8(dy_at + 8, high && before)};
     }
     if (tid < steps) {
@@ -197,8 +195,8 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
     for (int n = 0; n < VALUE_TASKS; n++) {
       const int x = THREADS - 1 - tid + n * THREADS, s = x / (COLS / 16), j = x % (COLS / 16);
       if (x >= (SEGMENT + 1) * COLS / 16) break;
-      store_words(sm[s].e[0][j], next_e[n][0]);
-      store_words(sm[s].e[1][j], next_e[n][1]);
+      store_words(sm[s].e[0][j], {leading_part(next_e[n].low), leading_part(next_e[n].high)});
+      store_words(sm[s].e[1][j], {rest_part(next_e[n].low), rest_part(next_e[n].high)});
       store_words(sm[s].dy[j], {as_bf16(next_dy[n].low), as_bf16(next_dy[n].high)});
     }
     if (tid < SEGMENT) sm[tid].decay = expf(next_decay), sm[tid].beta = next_beta;

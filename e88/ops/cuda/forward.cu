@@ -10,8 +10,8 @@ constexpr int VALUE_TASKS = (CHUNK * COLS / 16 + THREADS - 1) / THREADS;
 struct Step {
   // Rows of k_s and q_{s-1} as fp16, scaled, interleaved (`pair_at`).
   u16 kq[2 * K];
-  // Columns: v_s; y_{s-1}; e_s as a leading bf16 part and the rest.
-  u32 v[COLS / 16][8], y[COLS / 16][8], e[SAVE ? 2 : 1][COLS / 16][8];
+  // Columns: v_s; y_{s-1}; e_s as fp16.
+  u32 v[COLS / 16][8], y[COLS / 16][8], e[SAVE ? COLS / 16 : 1][8];
   // exp(g), the inverse scales of k_s and q_{s-1}, beta.
   float4 scalars;
 };
@@ -19,7 +19,8 @@ struct Step {
 // Tokens are counted through the whole batch: sequence n is tokens n * T to (n + 1) * T, or ends[n] to ends[n + 1].
 // q, k, v: rows of H * K or H * V elements, consecutive tokens q_step, k_step, v_step elements apart.
 // g (log decay) and beta: [tokens, H]. y: [tokens, H, V]. States: [N, H, K, V]; null for zero or not wanted.
-// written: e_t as a leading bf16 part and the rest, [tokens, H, 2, V]; with checkpoints: [tokens / SEGMENT + N, H, V, K], both only if SAVE; sequence n begins at row begin / SEGMENT + n.
+// written: e_t as fp16, [tokens, H, V]; with checkpoints: [tokens / SEGMENT + N, H, V, K], both only if SAVE; sequence n
+// begins at row begin / SEGMENT + n.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 e88_forward(const element* __restrict__ q, const element* __restrict__ k, const element* __restrict__ v,
             const float* __restrict__ g, const float* __restrict__ beta, const float* __restrict__ initial_state,
@@ -40,7 +41,7 @@ e88_forward(const element* __restrict__ q, const element* __restrict__ k, const 
   g += begin * H + head;
   if (BETA) beta += begin * H + head;
   y += (begin * H + head) * V + first;
-  if (SAVE) written += (begin * H + head) * 2 * V + first;
+  if (SAVE) written += (begin * H + head) * V + first;
   if (SAVE) checkpoints += ((begin / SEGMENT + sequence) * H + head) * K * V + (i64)first * K;
 
   float S[TILES][2][ROWS];
@@ -139,13 +140,7 @@ e88_forward(const element* __restrict__ q, const element* __restrict__ k, const 
           unpack_input(step.v[tile0 + m][group], e[0], e[1]);
 #pragma unroll
           for (int c = 0; c < 2; c++) e[c] -= dot[m][2 * c] * scalar.y;
-          if (SAVE) {
-            float low, high;
-            const u32 leading_part = pack_bf16(e[0], e[1]);
-            unpack_bf16(leading_part, low, high);
-            const u32 word = t & 1 ? pack_bf16(e[0] - low, e[1] - high) : leading_part;
-            if (t < 2) step.e[SAVE ? t : 0][tile0 + m][group] = word;
-          }
+          if (SAVE && t == 0) step.e[SAVE ? tile0 + m : 0][group] = pack_fp16_finite(e[0], e[1]);
 #pragma unroll
           for (int c = 0; c < 2; c++) e[c] *= BETA ? scalar.w * scalar.y : scalar.y;
 #pragma unroll
@@ -168,13 +163,10 @@ e88_forward(const element* __restrict__ q, const element* __restrict__ k, const 
       if (x >= CHUNK * COLS / 16 || s >= length) continue;
       if (SAVE && s + 1 < length) {
         // Outputs lag by one step, e does not.
-#pragma unroll
-        for (int part = 0; part < 2; part++) {
-          Columns e = load_words(sm[x / (COLS / 16)].e[SAVE ? part : 0][x % (COLS / 16)]);
-          u16* to = written + (i64)(s + 1) * (H * 2 * V) + part * V + j;
-          if (V % COLS == 0 || first + j < V) store_8(to, e.low);
-          if (V % COLS == 0 || first + j + 8 < V) store_8(to + 8, e.high);
-        }
+        Columns e = load_words(sm[x / (COLS / 16)].e[SAVE ? x % (COLS / 16) : 0]);
+        u16* to = written + (i64)(s + 1) * (H * V) + j;
+        if (V % COLS == 0 || first + j < V) store_8(to, e.low);
+        if (V % COLS == 0 || first + j + 8 < V) store_8(to + 8, e.high);
       }
       if (s < 0) continue;
       Columns out = load_words(sm[x / (COLS / 16)].y[x % (COLS / 16)]);

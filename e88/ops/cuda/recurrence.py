@@ -135,9 +135,8 @@ def _forward_fake(
     final_state = v.new_empty(sequences, H, k.shape[-1], V, dtype=torch.float32)
     shape = _checkpoint_shape(k, v, ends, plan) if save else (0, H, V, k.shape[-1])
     checkpoints = v.new_empty(shape, dtype=plan.saved_dtype)
-    # The 16-bit kernels leave e_t = v_t - S_{t-1}^T k_t for the way back, as a sum of two bf16 parts; the float32
-    # kernels make it again from v.
-    written = v.new_empty(B, T if save and not plan.precise else 0, H, 2, V, dtype=torch.bfloat16)
+    # The 16-bit kernels leave e_t = v_t - S_{t-1}^T k_t for the way back; the float32 kernels make it again from v.
+    written = v.new_empty(B, T if save and not plan.precise else 0, H, V, dtype=torch.float16)
     return y, final_state, checkpoints, written
 
 

@@ -20,6 +20,21 @@ DEVICE u32 as_bf16(u32 x) {
 }
 DEVICE uint4 as_bf16(uint4 x) { return make_uint4(as_bf16(x.x), as_bf16(x.y), as_bf16(x.z), as_bf16(x.w)); }
 
+// fp16 as the sum of two bf16 numbers, without loss.
+DEVICE u32 leading_part(u32 x) {
+  float low, high;
+  unpack_fp16(x, low, high);
+  return pack_bf16(low, high);
+}
+DEVICE u32 rest_part(u32 x) {
+  float low, high, leading_low, leading_high;
+  unpack_fp16(x, low, high);
+  unpack_bf16(pack_bf16(low, high), leading_low, leading_high);
+  return pack_bf16(low - leading_low, high - leading_high);
+}
+DEVICE uint4 leading_part(uint4 x) { return make_uint4(leading_part(x.x), leading_part(x.y), leading_part(x.z), leading_part(x.w)); }
+DEVICE uint4 rest_part(uint4 x) { return make_uint4(rest_part(x.x), rest_part(x.y), rest_part(x.z), rest_part(x.w)); }
+
 // ---- rows
 
 // The larger of both halves, by magnitude, as the bits of a 16-bit float.

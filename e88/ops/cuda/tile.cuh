@@ -42,6 +42,12 @@ DEVICE u32 pack_fp16(float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
   return x;
 }
+// The same for values that may lie beyond fp16's range: the largest number stands in for them.
+DEVICE u32 pack_fp16_finite(float low, float high) {
+  u32 x;
+  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
+  return x;
+}
 DEVICE void unpack_bf16(u32 x, float& low, float& high) {
   low = bits_float(x << 16);
   high = bits_float(x & 0xffff0000u);
