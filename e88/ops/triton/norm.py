@@ -1,8 +1,7 @@
 """Residual add and root-mean-square norm in one pass over the rows, forward and backward, in Triton.
 
 R rows (tokens), D columns (model width). The backward pass reads the norm's output, which the next projection keeps
-anyway, instead of the residual stream: x / rms = y / weight, exact but for y's rounding, so that a layer saves no copy of the
-stream.
+anyway, instead of the stream: x / rms = y / weight, exact but for rounding, so that a layer keeps no copy of it.
 """
 
 from __future__ import annotations

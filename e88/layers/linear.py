@@ -1,0 +1,93 @@
+"""Several projections of one input as one matrix product, and gradients of weights in the weights' own dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Rows of outputs stay aligned to 16 bytes for 16-bit dtypes, which kernels that load 8 elements at a time want.
+ALIGN = 8
+
+
+def joint_linear(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """x [..., D] times each weight [rows, D], transposed: a tensor [..., rows] for each, in autocast's dtype.
+
+    On a GPU the results are neighbouring columns of one tensor. A skinny projection beside a wide one is then free,
+    where a product of its own would read x, and write x's gradient, once more.
+    """
+    kind = x.device.type
+    if kind == "cpu":
+        return tuple(F.linear(x, weight) for weight in weights)
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    outputs: tuple[Tensor, ...] = _JointLinear.apply(x.to(dtype), *weights)
+    return outputs
+
+
+class _JointLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        rows = [len(weight) for weight in weights]
+        parts = [weight.to(x.dtype) for weight in weights]
+        padding = -sum(rows) % ALIGN
+        if padding:
+            parts.append(x.new_zeros(padding, x.shape[-1]))
+        joint = torch.cat(parts) if len(parts) > 1 else parts[0]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, joint)
+        ctx.rows, ctx.dtypes = rows, [weight.dtype for weight in weights]
+        return F.linear(x, joint).split([*rows, padding], dim=-1)[: len(rows)]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, joint = ctx.saved_tensors
+        flat = x.flatten(0, -2)
+        dx: Tensor | None = None
+        dweights: list[Tensor | None] = []
+        first = 0
+        for grad, rows in _merged(grads, ctx.rows):
+            if grad is None:
+                dweights += [None] * len(rows)
+            else:
+                weight = joint[first : first + sum(rows)]
+                dx = grad @ weight if dx is None else dx.addmm_(grad, weight)
+                dweights += _weight_gradient(grad, flat, ctx.dtypes[len(dweights)]).split(rows)
+            first += sum(rows)
+        return None if dx is None else dx.view_as(x), *dweights
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad^T x in `dtype`: straight from the product's float32 sums where the GPU can, without rounding between."""
+    if dtype == torch.float32 and grad.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(grad.t(), x, out_dtype=dtype)  # type: ignore[call-overload, no-any-return]
+    return (grad.t() @ x).to(dtype)
+
+
+def _merged(grads: Sequence[Tensor | None], rows: Sequence[int]) -> list[tuple[Tensor | None, list[int]]]:
+    """The gradients as matrices, with neighbours that lie side by side in one tensor as one, and their widths."""
+    pieces: list[tuple[Tensor | None, list[int]]] = []
+    for grad, width in zip(grads, rows, strict=True):
+        flat = None if grad is None else grad.flatten(0, -2)
+        last = pieces[-1][0] if pieces else None
+        if flat is not None and last is not None and _beside(last, flat):
+            size = (len(flat), last.shape[1] + width)
+            joined = last.as_strided(size, last.stride(), last.storage_offset())
+            pieces[-1] = (joined, [*pieces[-1][1], width])
+        else:
+            pieces.append((flat, [width]))
+    return pieces
+
+
+def _beside(a: Tensor, b: Tensor) -> bool:
+    return (
+        a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+        and a.dtype == b.dtype
+        and a.stride() == b.stride()
+        and b.storage_offset() == a.storage_offset() + a.shape[1]
+        and a.stride(1) == 1
+        and a.stride(0) >= a.shape[1] + b.shape[1]
+    )

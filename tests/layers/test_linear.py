@@ -1,0 +1,64 @@
+"""Joint projections: equal to separate ones, gradients too, however their gradients arrive."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from e88.layers.linear import _JointLinear, _merged, joint_linear
+
+
+def problem(dtype=torch.float64, device="cpu", rows=(24, 3, 8)):
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 16, dtype=dtype, device=device, requires_grad=True)
+    return x, [torch.randn(n, 16, dtype=dtype, device=device, requires_grad=True) for n in rows]
+
+
+def test_equals_separate_products_with_gradients():
+    x, weights = problem()
+    assert torch.autograd.gradcheck(lambda x, *w: _JointLinear.apply(x, *w), (x, *weights))
+    for got, weight in zip(_JointLinear.apply(x, *weights), weights, strict=True):
+        assert torch.allclose(got, F.linear(x, weight), rtol=1e-12)
+        assert got.stride(-2) % 8 == 0
+
+
+@pytest.mark.parametrize("used", [(0,), (1,), (0, 2), (0, 1, 2)])
+def test_gradients_side_by_side_in_one_tensor_or_missing(used):
+    x, weights = problem()
+    wide = torch.randn(2, 5, 40, dtype=x.dtype)
+    columns = wide.split([24, 3, 8, 5], -1)
+    for grads in (columns, [c.clone() for c in columns]):
+        outputs = _JointLinear.apply(x, *weights)
+        got = torch.autograd.grad(
+            [outputs[i] for i in used], [x, *weights], [grads[i] for i in used], allow_unused=True
+        )
+        apart = [F.linear(x, weight) for weight in weights]
+        want = torch.autograd.grad([apart[i] for i in used], [x, *weights], [grads[i] for i in used], allow_unused=True)
+        for i, (a, b) in enumerate(zip(got, want, strict=True)):
+            assert (a is None and b is None) or torch.allclose(a, b, rtol=1e-12), i
+
+
+def test_neighbours_become_one_matrix_without_a_copy():
+    wide = torch.randn(4, 40)
+    a, b, c = wide.split([24, 8, 8], -1)
+    ((joined, rows),) = _merged([a, b, c], [24, 8, 8])
+    assert rows == [24, 8, 8] and torch.equal(joined, wide) and joined.data_ptr() == wide.data_ptr()
+    assert [r for _, r in _merged([a, None, c], [24, 8, 8])] == [[24], [8], [8]]
+    assert [r for _, r in _merged([a, b.clone(), c], [24, 8, 8])] == [[24], [8], [8]]
+
+
+@pytest.mark.gpu
+def test_under_autocast_weights_get_gradients_in_their_own_dtype():
+    x, weights = problem(torch.float32, "cuda", (64, 8, 3))
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        outputs = joint_linear(x, weights)
+    assert all(y.dtype == torch.bfloat16 for y in outputs)
+    cotangents = [torch.randn_like(y) for y in outputs]
+    got = torch.autograd.grad(outputs, [x, *weights], cotangents)
+    wide = [t.detach().to(torch.bfloat16).double().requires_grad_() for t in (x, *weights)]
+    apart = [F.linear(wide[0], weight) for weight in wide[1:]]
+    want = torch.autograd.grad(apart, wide, [c.double() for c in cotangents])
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == torch.float32
+        assert ((a.double() - b).norm() / b.norm()).item() < 5e-3
+    # No rounding to bf16 on the way to the weights' gradients.
+    assert ((got[1].double() - want[1]).norm() / want[1].norm()).item() < 1e-5
