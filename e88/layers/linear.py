@@ -63,7 +63,7 @@ class _JointLinear(torch.autograd.Function):
 def _weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """grad^T x in `dtype`: straight from the product's float32 sums where the GPU can, without rounding between."""
     if dtype == torch.float32 and grad.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(grad.t(), x, out_dtype=dtype)  # type: ignore[call-overload, no-any-return]
+        return torch.mm(grad.t(), x, out_dtype=dtype)
     return (grad.t() @ x).to(dtype)
 
 
