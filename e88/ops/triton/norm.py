@@ -104,7 +104,7 @@ def _programs(device: int) -> int:
 
 def _options(D: int) -> dict[str, Any]:
     block = triton.next_power_of_2(D)
-    return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
+    return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 16)}
 
 
 @torch.library.custom_op("e88::add_rms_norm", mutates_args=())
