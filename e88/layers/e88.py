@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from e88.layers.common import RMSNorm, ShortConv, decay_parameters, exempt_from_decay
+from e88.layers.linear import joint_linear
 from e88.layers.mixer import Mixer, State
 from e88.models.config import E88Config
 from e88.ops import fused_tanh_delta_rule, tanh_delta_rule_step
@@ -33,8 +34,7 @@ class E88Layer(Mixer):
         width = heads * (2 * k_dim if config.tie_kv else 2 * k_dim + v_dim)
         self.qkv_proj = nn.Linear(dim, width, bias=False)
         self.qkv_conv = ShortConv(width, config.conv) if config.conv else None
-        if config.decay in ("mamba", "sigmoid"):
-            self.a_proj = nn.Linear(dim, heads, bias=False)
+        self.a_proj = nn.Linear(dim, heads, bias=False) if config.decay in ("mamba", "sigmoid") else None
         A_log, dt_bias = decay_parameters(heads)
         if config.decay == "mamba":
             self.A_log, self.dt_bias = A_log, dt_bias
@@ -55,16 +55,26 @@ class E88Layer(Mixer):
     def extra_repr(self) -> str:
         return f"{self.config}, backend={self.backend!r}"
 
-    def decay(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The operator's a, A_log and dt_bias for x [..., D]; a [..., H] is log d_t itself where they are None."""
+    def decay(self, x: Tensor, a: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The operator's a, A_log and dt_bias for x [..., D] and a = a_proj(x); log d_t, None, None in some modes."""
         mode, heads = self.config.decay, self.config.n_heads
         if mode == "mamba":
-            return self.a_proj(x), self.A_log, self.dt_bias
+            assert a is not None
+            return a, self.A_log, self.dt_bias
         if mode == "sigmoid":
-            return F.logsigmoid(wide(self.a_proj(x)) + self.dt_bias), None, None
+            assert a is not None
+            return F.logsigmoid(wide(a) + self.dt_bias), None, None
         if mode == "constant":
             return F.logsigmoid(self.decay_logit).expand(*x.shape[:-1], heads), None, None
         return x.new_zeros((*x.shape[:-1], heads), dtype=wide_dtype(x.dtype)), None, None
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """qkv, output gate, a and write gate for x [..., D], before any activation; None where there is no such."""
+        projections = (self.qkv_proj, self.g_proj, self.a_proj, self.b_proj)
+        qkv, *others = joint_linear(x, [p.weight for p in projections if p is not None])
+        outputs = iter(others)
+        gate, a, b = (None if p is None else next(outputs) for p in projections[1:])
+        return qkv, gate, a, b
 
     @property
     def activation(self) -> str:
@@ -75,18 +85,18 @@ class E88Layer(Mixer):
     ) -> tuple[Tensor, State | None]:
         """x [B, T, D] -> y [B, T, D]; the state holds S [B, H, K, V] (float32) and the convolution's tail."""
         c = self.config
-        qkv = self.qkv_proj(x)
+        qkv, gate, a, b = self._project(x)
         tail = None
         if self.qkv_conv is not None:
             qkv, tail = self.qkv_conv(qkv, None if state is None else state["conv"])
-        gate = None if self.g_proj is None else self.g_proj(x)
         y, final = fused_tanh_delta_rule(
-            qkv, *self.decay(x), n_heads=c.n_heads, head_k_dim=c.head_k_dim, head_v_dim=c.head_v_dim,
-            b=None if self.b_proj is None else self.b_proj(x), gate=gate if self.o_norm is None else None,
+            qkv, *self.decay(x, a), n_heads=c.n_heads, head_k_dim=c.head_k_dim, head_v_dim=c.head_v_dim,
+            b=b, gate=gate if self.o_norm is None else None,
             initial_state=None if state is None else state["S"], output_final_state=return_state,
             activation=self.activation, backend=self.backend,
         )  # fmt: skip
-        out = self.o_proj(y if self.o_norm is None else self._norm_and_gate(y, gate))
+        y = y if self.o_norm is None else self._norm_and_gate(y, gate)
+        (out,) = joint_linear(y, [self.o_proj.weight])
         if not return_state:
             return out, None
         assert final is not None
@@ -107,17 +117,15 @@ class E88Layer(Mixer):
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One token: x [B, D] -> [B, D]."""
-        qkv = self.qkv_proj(x)
+        qkv, gate, a, b = self._project(x)
         new_state: State = {}
         if self.qkv_conv is not None:
             qkv, new_state["conv"] = self.qkv_conv(qkv.unsqueeze(1), state["conv"])
             qkv = qkv.squeeze(1)
         c = self.config
         q, k, v = split_heads(qkv, c.n_heads, c.head_k_dim, c.head_v_dim)
-        beta = None if self.b_proj is None else torch.sigmoid(wide(self.b_proj(x)))
         y, new_state["S"] = tanh_delta_rule_step(
-            q, k, v, log_decay(*self.decay(x)), beta,
+            q, k, v, log_decay(*self.decay(x, a)), None if b is None else torch.sigmoid(wide(b)),
             state=state["S"], activation=self.activation, backend=self.backend,
         )  # fmt: skip
-        gate = None if self.g_proj is None else self.g_proj(x)
         return self.o_proj(self._norm_and_gate(y.flatten(-2), gate)), new_state

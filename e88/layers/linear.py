@@ -16,11 +16,11 @@ ALIGN = 8
 def joint_linear(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """x [..., D] times each weight [rows, D], transposed: a tensor [..., rows] for each, in autocast's dtype.
 
-    On a GPU the results are neighbouring columns of one tensor. A skinny projection beside a wide one is then free,
-    where a product of its own would read x, and write x's gradient, once more.
+    In training on a GPU the results are neighbouring columns of one tensor. A skinny projection beside a wide one is
+    then free, where a product of its own would read x, and write x's gradient, once more.
     """
     kind = x.device.type
-    if kind == "cpu":
+    if kind == "cpu" or not torch.is_grad_enabled():
         return tuple(F.linear(x, weight) for weight in weights)
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     outputs: tuple[Tensor, ...] = _JointLinear.apply(x.to(dtype), *weights)

@@ -109,8 +109,8 @@ def test_stepping_and_splitting_equal_the_parallel_pass(options):
 def test_the_decay_is_never_above_one_and_the_output_is_causal(heads, n_state, dim, length, decay):
     m = layer(dim, n_heads=heads, n_state=n_state, decay=decay, gate=True, conv=4)
     x = torch.randn(1, length, dim, dtype=torch.float64)
-    assert log_decay(*m.decay(x)).shape == (1, length, heads)
-    assert (log_decay(*m.decay(x)) <= 0).all()
+    assert log_decay(*m.decay(x, m.a_proj and m.a_proj(x))).shape == (1, length, heads)
+    assert (log_decay(*m.decay(x, m.a_proj and m.a_proj(x))) <= 0).all()
     cut = length // 2
     changed = x.clone()
     changed[:, cut:] += 1
@@ -120,7 +120,7 @@ def test_the_decay_is_never_above_one_and_the_output_is_causal(heads, n_state, d
 def test_initial_decays_span_the_documented_range():
     m = layer(n_heads=4096, n_state=1)
     x = torch.zeros(1, 1, 12, dtype=torch.float64)
-    dt = -log_decay(*m.decay(x)).flatten() / m.A_log.exp()
+    dt = -log_decay(*m.decay(x, m.a_proj and m.a_proj(x))).flatten() / m.A_log.exp()
     assert 1e-3 * 0.999 <= dt.min() < 1.1e-3 and 0.09 < dt.max() <= 0.1 * 1.001
     assert 1 <= m.A_log.exp().min() and m.A_log.exp().max() <= 16
 
