@@ -3,15 +3,17 @@
     python benchmarks/recurrence.py [--device cpu|cuda] [--threads 2] [--seconds 1.0] [--json]
 
 For each shape, each backend's output, final state and gradients are compared with float64 by relative error (on a GPU
-at a smaller batch, length and number of heads, since float64 would not fit). Then forward (without gradients) and
-forward with backward are timed in turns. On a CPU: the best time, which a busy machine disturbs least, and the ratio
-of the reference's to it. On a GPU: the median of device events, and the share of the floor: what the card's tanh
-units, float32 lanes or memory need at least for the shape, whichever is most.
+over fewer steps, since more would not fit). Then forward (without gradients) and forward with backward are timed in
+turns. On a CPU: the best time, which a busy machine disturbs least, and the ratio of the reference's to it. On a GPU:
+the median of device events; the share of the floor, which is what the card's tanh units, float32 lanes or memory need
+at least for the shape, whichever is most; and of the forward and the backward kernel the registers of a thread and the
+bytes of them that did not fit.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import statistics
 import sys
@@ -24,8 +26,9 @@ import torch
 
 from e88 import runtime
 from e88.errors import UserError
-from e88.ops import available_backends, tanh_delta_rule
-from e88.ops.accuracy import TOLERANCE, Inputs, Shape, check, draw
+from e88.ops import available_backends
+from e88.ops.accuracy import TOLERANCE, Shape, check, draw, worst
+from e88.ops.speed import as_a_model_calls_it, forward, forward_and_backward, milliseconds, shortened
 
 
 class Suite(NamedTuple):
@@ -62,35 +65,8 @@ SUITES = {
 }
 # Float64 says what is right and the reference is what others are compared with.
 REFERENCE = "reference"
-QUEUED = 10
-
-
-def forward(inputs: Inputs, backend: str) -> None:
-    with torch.no_grad():
-        tanh_delta_rule(*inputs.operands, backend=backend)
-
-
-def forward_and_backward(inputs: Inputs, backend: str) -> None:
-    y, _ = tanh_delta_rule(*inputs.operands, backend=backend)
-    torch.autograd.grad(y, inputs.operands, inputs.dy)
-
-
-def milliseconds(run: Callable[[], None], device: str) -> float:
-    """Time of one run: between device events on a GPU, on the host's clock elsewhere.
-
-    On a GPU runs are queued behind one another, as in training, so that launching does not count unless it is slower.
-    """
-    if device == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(QUEUED):
-            run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / QUEUED
-    begin = time.perf_counter()
-    run()
-    return 1e3 * (time.perf_counter() - begin)
+# Modules whose `resources` tells what the compiler made of their kernels.
+KERNELS = {"cuda": "e88.ops.cuda.recurrence", "triton": "e88.ops.triton.recurrence"}
 
 
 def floors(shape: Shape) -> tuple[float, float]:
@@ -122,13 +98,13 @@ def take_turns(runs: dict[str, Callable[[], None]], device: str, seconds: float)
             if sum(times[name]) < 1e3 * seconds:
                 end = time.perf_counter() + seconds / 10
                 while not times[name] or time.perf_counter() < end:
-                    times[name].append(milliseconds(run, device))
+                    times[name].append(milliseconds(run, torch.device(device)))
     return times
 
 
 def checked(shape: Shape, suite: Suite, device: str) -> list[dict[str, Any]]:
     """A row for each backend, with its largest relative error, or why it is skipped."""
-    small = Shape(min(shape.B, 2), min(shape.T, 200), min(shape.H, 8), shape.K, shape.V) if device == "cuda" else shape
+    small = shortened(shape) if device == "cuda" else shape
     rows: list[dict[str, Any]] = []
     for name, missing in available_backends().items():
         row: dict[str, Any] = {"shape": str(shape), "backend": name, "error": None, "skipped": missing}
@@ -137,7 +113,7 @@ def checked(shape: Shape, suite: Suite, device: str) -> list[dict[str, Any]]:
         rows.append(row)
         if missing is None:
             try:
-                row["error"] = max(check(small, device, suite.dtype, name).values())
+                row["error"] = worst(check(small, device, suite.dtype, name, gate=device == "cpu"))[1]
             except UserError as refusal:
                 row["skipped"] = str(refusal)
         if row["error"] is not None and not row["error"] <= TOLERANCE[suite.dtype]:
@@ -147,11 +123,7 @@ def checked(shape: Shape, suite: Suite, device: str) -> list[dict[str, Any]]:
 
 def measure(shape: Shape, suite: Suite, device: str, seconds: float) -> list[dict[str, Any]]:
     rows = checked(shape, suite, device)
-    inputs = draw(shape, device, suite.dtype)
-    if device == "cuda":
-        # As a model calls it: the decay in float32, no write gate.
-        q, k, v, g, _ = inputs.operands
-        inputs = inputs._replace(operands=(q, k, v, g.detach().float().requires_grad_()))
+    inputs = as_a_model_calls_it(shape, device, suite.dtype) if device == "cuda" else draw(shape, device, suite.dtype)
     timed = [row for row in rows if row["skipped"] is None]
     pick = statistics.median if device == "cuda" else min
     for key, run in (("forward", forward), ("forward_backward", forward_and_backward)):
@@ -164,6 +136,9 @@ def measure(shape: Shape, suite: Suite, device: str, seconds: float) -> list[dic
             row[f"{key}_median_ms"] = statistics.median(times[row["backend"]])
     if device == "cuda":
         for row in timed:
+            # Launched once more, so that they are this backend's and this shape's.
+            forward_and_backward(inputs, row["backend"])
+            row["kernels"] = importlib.import_module(KERNELS[row["backend"]]).resources()
             least = floors(shape)
             row["floor_ms"], row["forward_floor_ms"] = least[1], least[0]
             row["share_of_floor"] = least[1] / row["forward_backward_ms"]
@@ -179,8 +154,12 @@ def line(row: dict[str, Any]) -> str:
     error = "" if row["error"] is None else f"{row['error']:.1e}"
     if row["skipped"] is not None:
         return f"{head} {error:>8}  {row['skipped']}"
-    last = f"{row['share_of_floor']:.0%} of floor" if "share_of_floor" in row else f"{row['speedup'] or 0:.1f}x"
-    return f"{head} {error:>8} {row['forward_ms']:>10.3f} {row['forward_backward_ms']:>10.3f} {last:>14}"
+    times = f"{head} {error:>8} {row['forward_ms']:>10.3f} {row['forward_backward_ms']:>10.3f}"
+    if "kernels" not in row:
+        return f"{times} {row['speedup'] or 0:>9.1f}x"
+    used = [row["kernels"][direction] for direction in ("forward", "backward")]
+    registers, spilled = ("/".join(str(kernel[key]) for kernel in used) for key in ("registers", "spilled_bytes"))
+    return f"{times} {row['share_of_floor']:>10.0%} {registers:>10} {spilled:>8}"
 
 
 def main() -> int:
@@ -195,7 +174,10 @@ def main() -> int:
     where = runtime.choose_device(arguments.device)
     if not arguments.json:
         print(runtime.hardware_name(where), str(suite.dtype).removeprefix("torch."))
-        print(f"{'shape':<26} {'backend':<13} {'error':>8} {'fwd ms':>10} {'f+b ms':>10}")
+        last = (
+            f"{'of floor':>10} {'registers':>10} {'spilled':>8}" if arguments.device == "cuda" else f"{'speed-up':>10}"
+        )
+        print(f"{'shape':<26} {'backend':<13} {'error':>8} {'fwd ms':>10} {'f+b ms':>10} {last}")
     wrong = False
     for shape in suite.shapes:
         for row in measure(shape, suite, arguments.device, arguments.seconds):

@@ -18,7 +18,7 @@ ALLOWED = {
     "baselines": {"layers", "ops", "runtime"},
     "models": {"layers", "ops", "runtime"},
     "data": {"runtime"},
-    "sizing": {"models.lm"},
+    "sizing": {"models.lm", "runtime"},
     "training": {"data", "models", "sizing", "layers", "ops", "runtime"},
     "study": {"training", "sizing", "data", "models", "runtime"},
     "report": {"study.store"},

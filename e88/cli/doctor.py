@@ -66,7 +66,7 @@ def _kernels(device: str) -> dict[str, dict[str, Any]]:
     import torch
 
     from e88.ops import record_backends
-    from e88.ops.accuracy import TOLERANCE, Shape, check
+    from e88.ops.accuracy import TOLERANCE, Shape, check, worst
     from e88.runtime import choose_device
 
     where = choose_device(device)
@@ -80,10 +80,10 @@ def _kernels(device: str) -> dict[str, dict[str, Any]]:
                 errors = check(shape, where, dtype)
             # The float64 side of the check runs on the plain backend, which is no news.
             backend = "/".join(sorted(used - {"checkpointed"})) or "checkpointed"
-            worst = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else float("inf"))
-            ok = errors[worst] <= TOLERANCE[dtype]
+            tensor, error = worst(errors)
+            ok = error <= TOLERANCE[dtype]
             key = f"{str(dtype).removeprefix('torch.')} {shape}"
-            rows[key] = {"backend": backend, "error": errors[worst], "tensor": worst, "ok": ok}
+            rows[key] = {"backend": backend, "error": error, "tensor": tensor, "ok": ok}
     return rows
 
 

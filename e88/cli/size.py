@@ -13,6 +13,7 @@ from e88.errors import UserError
 
 if TYPE_CHECKING:
     from e88.models.config import ModelConfig
+    from e88.sizing.advice import Hardware
 
 Flag = bool | None
 REQUIRED = ("dim", "depth", "n_heads")
@@ -39,7 +40,10 @@ def size(
     params: Annotated[str | None, typer.Option(help="Search shapes of this size: 100M, 1.5B, 530k.")] = None,
     against: Annotated[str | None, typer.Option(help="Rivals matched to the size: mamba2,gdn,transformer.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Shapes to show of a search.")] = 5,
-    hardware: Annotated[str | None, typer.Option(help="GPU whose recommended n_state to use: h200, a100, ...")] = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option(help="Whose n_state: h200, a100, ..., auto (see e88 profile) or a profile's file."),
+    ] = None,
     window: Annotated[int, typer.Option(min=1, help="Tokens per sequence, for FLOPs and memory.")] = 512,
     batch: Annotated[int, typer.Option(min=1, help="Sequences per batch, for memory.")] = 32,
     table: Annotated[str | None, typer.Option(help="balanced, sizing, benchmark, plan, state or all.")] = None,
@@ -132,26 +136,39 @@ def _preset_with(name: str, given: dict[str, Any]) -> ModelConfig:
 
 
 def _describe(name: str | None, config: ModelConfig, hardware: str | None, window: int, batch: int) -> dict[str, Any]:
-    from e88.sizing import advice, closed_form
+    from e88.sizing import advice, closed_form, profiles
     from e88.sizing.presets import find_preset
 
+    on = None if hardware is None else profiles.choose(hardware)
     result = {
         "name": find_preset(name).name if name else None,
         "config": config.to_dict(),
         "window": window,
-        **closed_form.describe(config, window, hardware),
+        **closed_form.describe(config, window, on),
         "notes": advice.notes(config),
         "batch": batch,
         "memory": closed_form.training_memory(config, batch, window),
     }
-    if hardware is not None:
-        result["hardware"] = dataclasses.asdict(advice.hardware(hardware))
+    if on is not None:
+        result["hardware"] = dataclasses.asdict(on)
+        result["recurrence_ns"] = _recurrence_ns(config, on)
     return result
+
+
+def _recurrence_ns(config: ModelConfig, on: Hardware) -> float | None:
+    """Measured time of all layers' recurrence per token in nanoseconds; None where it was not measured."""
+    from e88.models.config import E88Config
+
+    mixer = config.mixer
+    if not isinstance(mixer, E88Config) or mixer.expand_v != 1 or mixer.linear_state:
+        return None
+    time = on.nanoseconds(mixer.n_heads, mixer.n_state)
+    return None if time is None else time * config.depth
 
 
 def _search(params: str, given: dict[str, Any], hardware: str | None, top: int, window: int) -> dict[str, Any]:
     from e88.models.config import E88Config
-    from e88.sizing import advice, solve
+    from e88.sizing import profiles, solve
     from e88.sizing.closed_form import describe
     from e88.sizing.units import parse_count
 
@@ -159,17 +176,19 @@ def _search(params: str, given: dict[str, Any], hardware: str | None, top: int, 
     fixed = {key: value for key, value in given.items() if key in (*MODEL_KEYS, "n_heads", "n_state")}
     options = {key: value for key, value in given.items() if key not in fixed}
     template = E88Config(n_heads=1, **options)
-    found = solve.solve(target, template=template, hardware_name=hardware, top=top, **fixed)
+    on = profiles.choose(hardware)
+    found = solve.solve(target, template=template, on=on, top=top, **fixed)
     return {
         "target": target,
         "tolerance": solve.TOLERANCE,
         "window": window,
-        "hardware": dataclasses.asdict(advice.hardware(hardware)),
+        "hardware": dataclasses.asdict(on),
         "ranking": solve.RANKING,
         "candidates": [
             {
                 "config": candidate.config.to_dict(),
-                **describe(candidate.config, window, hardware),
+                **describe(candidate.config, window, on),
+                "recurrence_ns": _recurrence_ns(candidate.config, on),
                 "difference": candidate.params / target - 1,
                 "score": candidate.score,
                 "penalties": candidate.penalties,

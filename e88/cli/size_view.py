@@ -111,8 +111,16 @@ def show_description(size: Row) -> None:
     remark = f"estimate for training on {size['batch']} x {size['window']} tokens: {parts}"
     table.add_row("memory", _bytes(memory["total"]), remark)
     if "hardware" in size:
-        table.add_row("recommended n_state", *_recommended(size["hardware"]))
+        recommended, text = _recommended(size["hardware"])
+        table.add_row("recommended n_state", recommended, escape(text))
+        if size["recurrence_ns"] is not None:
+            remark = escape(f"per token in all layers, forward and backward; {size['hardware']['label']}")
+            table.add_row("recurrence", f"{size['recurrence_ns']:,.0f} ns", remark)
     _print(table, *_remarks(size), *_rivals(size.get("against", [])))
+
+
+def _nanoseconds(time: float | None) -> str:
+    return "not measured" if time is None else f"{time:,.0f}"
 
 
 def _recommended(hardware: Row) -> tuple[str, str]:
@@ -149,9 +157,10 @@ def show_search(result: Row) -> None:
     low, text = _recommended(result["hardware"])
     title = f"{form(first['config'])} for {human_count(result['target'])} parameters, within {result['tolerance']:.0%}"
     penalties = list(first["penalties"])
+    measured = [">ns/token"] if result["hardware"]["times"] else []
     table = _table(
         title, ">dim", ">depth", ">heads", ">n_state", ">params", ">off target", ">state/layer", ">H*n/dim",
-        ">dim/(H*n)", ">dim/depth", ">score", *(f">{key}" for key in penalties),
+        ">dim/(H*n)", ">dim/depth", *measured, ">score", *(f">{key}" for key in penalties),
     )  # fmt: skip
     for candidate in result["candidates"]:
         config = candidate["config"]
@@ -166,12 +175,14 @@ def show_search(result: Row) -> None:
             f"{candidate['projection_ratio']:.2f}",
             f"{candidate['dim_over_inner']:.2f}",
             f"{config['dim'] / config['depth']:.0f}",
+            *(_nanoseconds(candidate["recurrence_ns"]) for _ in measured),
             f"[bold]{candidate['score']:.2f}",
             *(f"{candidate['penalties'][key]:.2f}" for key in penalties),
         )
     lines = [
         "Balanced in both guides: H*n/dim 0.5-2 (balanced guide) and dim/(H*n) 0.8-1.2 (sizing guide).",
         f"Recommended n_state {low}: {escape(text)}.",
+        *(["ns/token: the recurrence of all layers, forward and backward, from those times."] if measured else []),
         *([] if result["hardware"]["low"] <= 32 else [SWEEP]),
         f"[dim]{escape(result['ranking'])}[/]",
     ]

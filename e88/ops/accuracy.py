@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -28,7 +30,7 @@ class Shape(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """q, k, v, g, beta, and the cotangents of the output and the final state."""
+    """q, k, v, g, beta (where there is a write gate), and the cotangents of the output and the final state."""
 
     operands: tuple[Tensor, ...]
     dy: Tensor
@@ -39,7 +41,7 @@ class Inputs(NamedTuple):
         return Inputs(operands, self.dy.to(dtype), self.d_final.to(dtype))
 
 
-def draw(shape: Shape, device: str | torch.device, dtype: torch.dtype) -> Inputs:
+def draw(shape: Shape, device: str | torch.device, dtype: torch.dtype, gate: bool = True) -> Inputs:
     """Random inputs: unit keys and queries, decays from 0.7 to 1, some states saturated."""
     generator = torch.Generator(device).manual_seed(0)
 
@@ -49,7 +51,7 @@ def draw(shape: Shape, device: str | torch.device, dtype: torch.dtype) -> Inputs
     B, T, H, K, V = shape
     q, k = (torch.nn.functional.normalize(normal(B, T, H, K), dim=-1) for _ in range(2))
     operands = (q, k, normal(B, T, H, V), -0.1 * normal(B, T, H).abs(), normal(B, T, H).sigmoid())
-    return Inputs(operands, normal(B, T, H, V), normal(B, H, K, V)).to(dtype)
+    return Inputs(operands if gate else operands[:4], normal(B, T, H, V), normal(B, H, K, V)).to(dtype)
 
 
 def results(inputs: Inputs, backend: str) -> list[Tensor]:
@@ -64,14 +66,26 @@ def relative_errors(actual: list[Tensor], expected: list[Tensor]) -> dict[str, f
     """||actual - expected|| / ||expected|| of each tensor, and ||actual|| where zero is expected (the decay's gradient
     at T = 1, say); not a number where actual is not finite."""
     errors = {}
-    for name, a, b in zip(NAMES, actual, expected, strict=True):
+    for name, a, b in zip(NAMES[: len(expected)], actual, expected, strict=True):
         norm = float(b.detach().double().norm())
         errors[name] = float((a.detach().double() - b.detach().double()).norm()) / (norm or 1.0)
     return errors
 
 
-def check(shape: Shape, device: str | torch.device, dtype: torch.dtype, backend: str = "auto") -> dict[str, float]:
-    """The relative errors of a backend at a shape; UserError where it cannot serve it."""
-    inputs = draw(shape, device, dtype)
+def worst(errors: Mapping[str, float]) -> tuple[str, float]:
+    """The tensor with the largest error, and that error; not a number is larger than all, which `max` would pass by."""
+    return max(errors.items(), key=lambda item: math.inf if math.isnan(item[1]) else item[1])
+
+
+def check(
+    shape: Shape, device: str | torch.device, dtype: torch.dtype, backend: str = "auto", *, gate: bool = True
+) -> dict[str, float]:
+    """The relative errors of a backend at a shape; UserError where it cannot serve it. y is the worse of a call with
+    gradients and one without, which may run another kernel."""
+    inputs = draw(shape, device, dtype, gate)
     expected = results(inputs.to(torch.float64), "checkpointed")
-    return relative_errors(results(inputs, backend), expected)
+    errors = relative_errors(results(inputs, backend), expected)
+    with torch.no_grad():
+        y, _ = tanh_delta_rule(*inputs.operands, backend=backend)
+    alone = relative_errors([y], expected[:1])["y"]
+    return errors | {"y": worst({"with gradients": errors["y"], "without": alone})[1]}

@@ -29,7 +29,11 @@ LOGGING_ERROR = (
 
 @dataclass(frozen=True)
 class Hardware:
-    """n_state recommended for one GPU. kind: `consumer` or `datacenter`; low and high are inclusive."""
+    """n_state recommended for a piece of hardware, from the guides or measured on it.
+
+    kind: `consumer`, `datacenter`, `any` or `measured`; low and high are inclusive. times: of a measured one, n_state
+    and nanoseconds per token, layer and element of d_inner, forward and backward.
+    """
 
     name: str
     label: str
@@ -38,6 +42,12 @@ class Hardware:
     high: int
     reason: str
     source: str
+    times: tuple[tuple[int, float], ...] = ()
+
+    def nanoseconds(self, n_heads: int, n_state: int) -> float | None:
+        """Measured time of one layer's recurrence per token; None for an n_state that was not measured."""
+        time = dict(self.times).get(n_state)
+        return None if time is None else time * n_heads * n_state
 
 
 @functools.cache
@@ -109,10 +119,10 @@ def verdicts(config: ModelConfig) -> list[dict[str, object]]:
     ]
 
 
-def warnings(config: ModelConfig, on: str | None = None) -> list[str]:
+def warnings(config: ModelConfig, on: Hardware | None = None) -> list[str]:
     """One line for each anti-pattern of the documents that an E88 shape shows, with the reason they give.
 
-    on: hardware name; without it, no warning about n_state on hardware. Other mixers have none.
+    on: without it, no warning about n_state on hardware. Other mixers have none.
     """
     mixer = config.mixer
     if not isinstance(mixer, E88Config):
@@ -156,13 +166,21 @@ def _shape_warnings(config: ModelConfig, mixer: E88Config, ratio: float) -> list
     return found
 
 
-def _state_warnings(mixer: E88Config, on: str | None) -> list[str]:
+def _state_warnings(mixer: E88Config, on: Hardware | None) -> list[str]:
     found = []
-    target = hardware(on)
-    if on is not None and target.kind == "consumer" and mixer.n_state > target.high:
+    if on is not None and on.kind == "consumer" and mixer.n_state > on.high:
         found.append(
-            f"large n_state on a consumer GPU: {mixer.n_state} on {target.label}, where the sizing guide recommends "
-            f"{target.high} (it saw backward 13-15x slower at 72-96, with kernels slower than today's)"
+            f"large n_state on a consumer GPU: {mixer.n_state} on {on.label}, where the sizing guide recommends "
+            f"{on.high} (it saw backward 13-15x slower at 72-96, with kernels slower than today's)"
+        )
+    times = dict(on.times) if on is not None else {}
+    if on is not None and mixer.n_state in times and not on.low <= mixer.n_state <= on.high:
+        near = on.high if mixer.n_state > on.high else on.low
+        word = "slow" if mixer.n_state > on.high else "small"
+        found.append(
+            f"{word} n_state for this hardware: at equal d_inner {mixer.n_state} takes "
+            f"{times[mixer.n_state] / times[near]:.2f} times the time of {near} for {mixer.n_state / near:.2f} times "
+            f"its state ({on.label})"
         )
     if mixer.n_state >= 64 or mixer.n_heads >= 100:
         found.append(

@@ -20,7 +20,7 @@ from e88.models.config import (
     MixerConfig,
     ModelConfig,
 )
-from e88.sizing.advice import verdicts, warnings
+from e88.sizing.advice import Hardware, verdicts, warnings
 
 # The order in which groups are shown.
 GROUPS = (
@@ -215,12 +215,12 @@ def training_memory(config: ModelConfig, batch: int = 32, window: int = 512) -> 
     return {**parts, "total": sum(parts.values())}
 
 
-def describe(config: ModelConfig, window: int = 512, hardware: str | None = None) -> dict[str, Any]:
+def describe(config: ModelConfig, window: int = 512, on: Hardware | None = None) -> dict[str, Any]:
     """Everything about a model's size as one JSON-able mapping.
 
-    `window` (tokens) enters the FLOPs and the state of attention only; `hardware` (a name of `advice.hardware_names`)
-    only the warnings. `state_bytes` is float32, for one sequence, over all layers. `projection_ratio`, `dim_over_inner`
-    and the guides' verdicts exist for E88 alone: None and [] for other mixers.
+    `window` (tokens) enters the FLOPs and the state of attention only; `on` (hardware) only the warnings. `state_bytes`
+    is float32, for one sequence, over all layers. `projection_ratio`, `dim_over_inner` and the guides' verdicts exist
+    for E88 alone: None and [] for other mixers.
     """
     groups = params_by_group(config)
     per_layer = state_per_layer(config, window)
@@ -234,5 +234,5 @@ def describe(config: ModelConfig, window: int = 512, hardware: str | None = None
         "dim_over_inner": dim_over_inner(config),
         "flops_per_token": flops_per_token(config, window),
         "verdicts": verdicts(config),
-        "warnings": warnings(config, hardware),
+        "warnings": warnings(config, on),
     }

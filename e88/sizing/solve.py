@@ -73,14 +73,14 @@ def solve(
     n_state: int | None = None,
     vocab_size: int = 256,
     mlp_hidden: int = 0,
-    hardware_name: str | None = None,
+    on: Hardware | None = None,
     tolerance: float = TOLERANCE,
     top: int = 5,
 ) -> list[Candidate]:
     """Balanced E88 configurations within `tolerance` of `target` parameters, best first, one per dim and n_state.
 
     template: the layer's options (gate, conv, ...); its n_heads and n_state are ignored. dim, depth, n_heads and
-    n_state fix what they name and leave the rest to the search. hardware_name: whose n_state to recommend.
+    n_state fix what they name and leave the rest to the search. on: whose n_state to prefer.
     Ranking: see `RANKING`. UserError where nothing fits, naming the nearest count that a balanced shape reaches.
     """
     if dim is not None and depth is not None and n_heads is not None and n_state is not None:
@@ -101,7 +101,7 @@ def solve(
     ]
     shapes = [s for s in shapes if dim is not None or _plausible(s, target, depth)]
     wish = _Wish(target, tolerance, depth, n_heads)
-    recommended = hardware(hardware_name)
+    recommended = on or hardware(None)
     found = [candidate for shape in shapes if (candidate := wish.best(shape, recommended)) is not None]
     if not found:
         raise wish.nothing_found(shapes)

@@ -70,7 +70,7 @@ def test_verdicts_name_their_guide() -> None:
 
 
 def starts(config: ModelConfig, on: str | None = None) -> set[str]:
-    return {text.split(":")[0] for text in warnings(config, on)}
+    return {text.split(":")[0] for text in warnings(config, hardware(on) if on else None)}
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def test_everything_found_is_within_one_percent_and_balanced(
 ) -> None:
     template = E88Config(n_heads=1, gate=gate, conv=conv, expand_v=expand_v)
     try:
-        found = solve(target, template=template, vocab_size=vocab, hardware_name=on)
+        found = solve(target, template=template, vocab_size=vocab, on=hardware(on))
     except UserError:
         # A small target can be smaller than every balanced shape with this vocabulary.
         assert target < 20_000_000
@@ -66,7 +66,7 @@ def test_fixed_values_are_kept(fixed: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("on", [None, "rtx4090", "a100", "h100"])
 def test_hardware_decides_n_state(on: str | None) -> None:
-    mixer = solve(500_000_000, hardware_name=on)[0].config.mixer
+    mixer = solve(500_000_000, on=hardware(on))[0].config.mixer
     assert isinstance(mixer, E88Config)
     assert hardware(on).low <= mixer.n_state <= hardware(on).high
 

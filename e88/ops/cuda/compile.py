@@ -107,7 +107,20 @@ class Kernel:
         if shared_bytes:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _check(driver.cuKernelSetAttribute(attribute, shared_bytes, kernel, handle)[0])
+        self._kernel, self._device = kernel, handle
         self._function = driver.CUfunction(int(kernel))
+
+    def resources(self) -> dict[str, int]:
+        """Registers of a thread, and the bytes of them that did not fit and went to memory."""
+        names = self._driver.CUfunction_attribute
+        found = {}
+        for name, attribute in (
+            ("registers", names.CU_FUNC_ATTRIBUTE_NUM_REGS),
+            ("spilled_bytes", names.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES),
+        ):
+            error, found[name] = self._driver.cuKernelGetAttribute(attribute, self._kernel, self._device)
+            _check(error)
+        return found
 
     def __call__(self, blocks: int, threads: int, stream: int, arguments: list[Any]) -> None:
         # A thread that has only allocated from torch's cache, as autograd's may have, has no context of its own yet.

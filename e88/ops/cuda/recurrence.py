@@ -60,6 +60,15 @@ def _kernel(kernel: str, device: int, plan: Plan, save: bool) -> Kernel:
     return Kernel(code, f"e88_{kernel}", device, plan.shared_bytes if backward else 0)
 
 
+# The kernel of each direction that was launched last.
+_launched: dict[str, Kernel] = {}
+
+
+def resources() -> dict[str, dict[str, int]]:
+    """Registers and spilled bytes of a thread in the kernels launched last, "forward" and "backward"."""
+    return {direction: kernel.resources() for direction, kernel in _launched.items()}
+
+
 def _launch(
     kernel: str, plan: Plan, save: bool, like: Tensor, sequences: int, heads: int, arguments: list[Any]
 ) -> None:
@@ -67,7 +76,8 @@ def _launch(
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream
         blocks = sequences * heads * plan.splits
-        _kernel(kernel, device, plan, save)(blocks, plan.threads(kernel == "backward"), stream, arguments)
+        _launched[kernel] = _kernel(kernel, device, plan, save)
+        _launched[kernel](blocks, plan.threads(kernel == "backward"), stream, arguments)
 
 
 def _pointer(x: Tensor | None) -> ctypes.c_void_p:

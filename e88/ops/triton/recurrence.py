@@ -84,6 +84,19 @@ def _rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
+# The compiled kernel of each direction that was launched last.
+_launched: dict[str, Any] = {}
+
+
+def resources() -> dict[str, dict[str, int]]:
+    """Registers and spilled bytes of a thread in the kernels launched last, "forward" and "backward"."""
+    # Triton counts spills in words of 4 bytes.
+    return {
+        direction: {"registers": kernel.n_regs, "spilled_bytes": 4 * kernel.n_spills}
+        for direction, kernel in _launched.items()
+    }
+
+
 @torch.library.custom_op("e88::triton_forward", mutates_args=())
 def _forward(
     q: Tensor,
@@ -108,7 +121,7 @@ def _forward(
     programs = state.shape[0] * H * plan.blocks(V)
     if programs:
         with torch.cuda.device_of(v):
-            forward_kernel[(programs,)](
+            _launched["forward"] = forward_kernel[(programs,)](
                 *rows,
                 *rest,
                 state,
@@ -172,7 +185,7 @@ def _backward(
     parts = totals if blocks == 1 else [x.new_empty(blocks, *x.shape, dtype=torch.float32) for x in totals]
     if programs:
         with torch.cuda.device_of(v):
-            backward_kernel[(programs,)](
+            _launched["backward"] = backward_kernel[(programs,)](
                 *rows,
                 *rest,
                 saved,
