@@ -21,7 +21,7 @@ ALLOWED = {
     "sizing": {"models.lm", "runtime"},
     "training": {"data", "models", "sizing", "layers", "ops", "runtime"},
     "study": {"training", "sizing", "data", "models", "runtime"},
-    "report": {"study.store"},
+    "report": {"study.store", "study.statistics", "study.design", "study.judge", "study.verdict"},
     "cli": {"report", "study", "training", "sizing", "data", "models", "ops", "runtime"},
 }
 HEAVY = {"torch", "numba", "triton", "transformers", "matplotlib", "scipy", "pandas"}

@@ -34,10 +34,12 @@ def bench(
     Exit code 0 when every run is done, 3 when one diverged, 1 when one failed.
     """
     from e88.runtime import choose_device
-    from e88.study.progress import Progress
-    from e88.study.runner import run_all
+    from e88.study.launchers import LocalLauncher, local_slots
+    from e88.study.live import LiveView
+    from e88.study.plan import Planner, distinct
+    from e88.study.scheduler import Interrupted, run_all
     from e88.study.spec import make_spec
-    from e88.training.loop import Interrupted
+    from e88.study.store import Store
 
     choose_device(device)
     values = {
@@ -53,12 +55,18 @@ def bench(
         for seed in range(seeds)
         for name in dict.fromkeys(presets)
     ]
-    progress = Progress("bench", 1.0)
-    try:
-        records = run_all(specs, out, device=device, announcer=progress)
-    except Interrupted as stop:
-        progress.message(str(stop))
-        raise typer.Exit(130) from None
+    # Speed is part of the comparison, so that each runs alone.
+    planner = Planner()
+    runs = distinct(planner.plan(spec, exclusive=True) for spec in specs)
+    launcher = LocalLauncher(local_slots(device=device), out)
+    with LiveView() as view:
+        try:
+            run_all(runs, out, launcher, view, device=device, retry=("failed",), keep_checkpoints=True)
+        except Interrupted as stop:
+            view.message(str(stop))
+            raise typer.Exit(130) from None
+    ended = {record["id"]: record for record in Store(out).records()}
+    records = [ended[run.id] for run in runs]
     _show(records, [out], out, as_json)
     statuses = {record["status"] for record in records}
     if "failed" in statuses or "diverged" in statuses:

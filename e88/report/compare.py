@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from e88.errors import UserError
-from e88.report.statistics import Estimate, heldout_estimate, paired_difference
+from e88.study.statistics import Estimate, heldout_estimate, paired_difference
 
 Record = dict[str, Any]
 MISSING = "–"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 
 from e88.report.compare import Comparison, Group, count, difference, duration
-from e88.report.statistics import Estimate
+from e88.study.statistics import Estimate
 
 LISTED = 5
 

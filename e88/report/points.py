@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from e88.report.compare import Comparison, Group, count, pair
-from e88.report.statistics import Estimate, median_spread
 from e88.report.style import Style, draw_marker
 from e88.report.svg import HEIGHT, LABEL_WIDTH, LINE, WIDTH, Box, Canvas, Figure, Scale, shorten, text_width
 from e88.report.tables import SPEED
+from e88.study.statistics import Estimate, median_spread
 
 ROW = 24.0
 # Where a label may stand around its point, best first: direction across and down, with the text's anchor.

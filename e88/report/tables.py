@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from e88.report.compare import MISSING, Comparison, Group, Record, comparisons, count, dig, number, pair
-from e88.report.statistics import Estimate, Spread, median_spread
+from e88.study.statistics import Estimate, Spread, median_spread
 
 if TYPE_CHECKING:
     from rich.table import Table

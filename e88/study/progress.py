@@ -51,7 +51,7 @@ class Progress:
         loss = sum(self.losses) / len(self.losses)
         bpb = loss / math.log(2) / self.bytes_per_token
         rate = sum(self.rates) / len(self.rates)
-        left = "" if math.isinf(seconds_left) else f", {_duration(seconds_left)} left"
+        left = "" if math.isinf(seconds_left) else f", {duration(seconds_left)} left"
         share = f"{min(used, 1):4.0%}  step {entry['step']:,}"
         text = f"{share}  loss {loss:.3f}  {bpb:.3f} bits/byte  {rate:,.0f} tok/s{left}"
         if self.bar:
@@ -65,7 +65,8 @@ class Progress:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time as people say it, to the second."""
     minutes, seconds = divmod(round(max(seconds, 0)), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +21,11 @@ from e88.errors import UserError
 
 SCHEMA = 1
 FILE_NAME = "records.jsonl"
+CURVES = ("curve", "heldout_curve")
 
 Record = dict[str, Any]
+
+_CURVE_OPENINGS = [re.compile(rb'"%s":\s*\[' % key.encode()) for key in CURVES]
 
 _log = logging.getLogger(__name__)
 
@@ -54,13 +58,17 @@ class Store:
         """The latest record of every id, in the order in which the ids first appeared."""
         return list(_latest(_read(self.path)).values()) if self.path.exists() else []
 
+    def summaries(self) -> list[Record]:
+        """As `records`, with every curve left empty: what a listing of many runs needs, at a tenth of the time."""
+        return list(_latest(_read(self.path, curves=False)).values()) if self.path.exists() else []
+
     def get(self, run_id: str) -> Record | None:
         """The latest record of an id, or None."""
         return next((record for record in self.records() if record["id"] == run_id), None)
 
     def done_ids(self) -> set[str]:
         """The ids that need no further run: done, or diverged (which is a result). A failed run may be tried again."""
-        return {record["id"] for record in self.records() if record.get("status") in ("done", "diverged")}
+        return {record["id"] for record in self.summaries() if record.get("status") in ("done", "diverged")}
 
 
 def load_records(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Record]:
@@ -90,29 +98,51 @@ def _latest(records: Iterable[Record]) -> dict[str, Record]:
     return {record["id"]: record for record in records}
 
 
-def _read(path: Path) -> list[Record]:
+def _read(path: Path, curves: bool = True) -> list[Record]:
+    records, torn = [], 0
     try:
         with _locked(path, os.O_RDONLY, fcntl.LOCK_SH) as file, os.fdopen(os.dup(file), "rb") as stream:
-            lines = stream.read().split(b"\n")
+            for number, line in enumerate(stream, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line) if curves else _without_curves(line)
+                except ValueError:
+                    torn += 1
+                    continue
+                _check(record, path, number)
+                records.append(record)
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror})") from error
-    records, torn = [], 0
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            torn += 1
-            continue
-        if not isinstance(record, dict) or not isinstance(record.get("id"), str):
-            raise UserError(f"{path} line {number} is not a record of a run; is this a file of {FILE_NAME}'s form?")
-        if record.get("schema", SCHEMA) != SCHEMA:
-            raise UserError(f"{path} line {number} has schema {record['schema']}, not {SCHEMA}; use a matching e88")
-        records.append(record)
     if torn:
         _log.warning("%s: skipped %d torn line%s", path, torn, "" if torn == 1 else "s")
     return records
+
+
+def _check(record: Any, path: Path, number: int) -> None:
+    if not isinstance(record, dict) or not isinstance(record.get("id"), str):
+        raise UserError(f"{path} line {number} is not a record of a run; is this a file of {FILE_NAME}'s form?")
+    if record.get("schema", SCHEMA) != SCHEMA:
+        raise UserError(f"{path} line {number} has schema {record['schema']}, not {SCHEMA}; use a matching e88")
+
+
+def _without_curves(line: bytes) -> Any:
+    """The record of a line with its curves emptied before it is parsed, which is most of a line.
+
+    A curve is a flat list of flat objects, so its first closing bracket ends it. Where a line is of another form the
+    cut leaves no valid JSON, and the whole line is parsed instead.
+    """
+    cut = line
+    for opening in _CURVE_OPENINGS:
+        if found := opening.search(cut):
+            cut = cut[: found.end()] + cut[cut.find(b"]", found.end()) :]
+    try:
+        record = json.loads(cut)
+    except ValueError:
+        record = json.loads(line)
+    if isinstance(record, dict):
+        record |= {key: [] for key in CURVES if key in record}
+    return record
 
 
 @contextmanager

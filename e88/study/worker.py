@@ -1,50 +1,161 @@
-"""One run in a process of its own: `python -m e88.study.worker FOLDER`, with the spec in FOLDER/spec.json."""
+"""One run in a process of its own: `python -m e88.study.worker STORE ID [PARENT]`, as STORE/runs/ID/task.json says.
+
+The worker holds the run's lock from its first to its last moment, and whatever it ends with it puts into the store
+itself. So a run is never done twice and never lost, whoever started the worker and whether or not they still live.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import json
+import os
 import signal
+import socket
 import sys
+import time
 import traceback
+from collections import deque
 from pathlib import Path
+from typing import Any
 
-EXIT_FAILED, EXIT_DIVERGED, EXIT_INTERRUPTED = 1, 3, 130
+from e88.study.folder import RunFolder, replace_file, wait_lock
+from e88.study.spec import RunSpec
+from e88.study.store import Record, Store
+from e88.training.config import config_hash
+
+EXIT_FAILED, EXIT_DIVERGED, EXIT_BUSY, EXIT_INTERRUPTED = 1, 3, 75, 130
+LOCK_SECONDS = 2.0
+HEARTBEAT_SECONDS = 1.0
+SMOOTH_STEPS = 20
 
 
-def main(folder: Path) -> int:
-    """Train as the spec says, resuming where a checkpoint lies; the reason of a failure goes to error.txt."""
+class Heartbeat:
+    """A training reporter that writes progress.json: host, pid, where, time, step, used (share of the budget), loss
+    (mean of some steps, nats per token), tokens_per_second, seconds_left (of training)."""
+
+    def __init__(self, folder: RunFolder, where: str) -> None:
+        self.path = folder.path / "progress.json"
+        self.constant = {"host": socket.gethostname(), "pid": os.getpid(), "where": where}
+        self.losses: deque[float] = deque(maxlen=SMOOTH_STEPS)
+        self.rates: deque[float] = deque(maxlen=SMOOTH_STEPS)
+        self.last = -HEARTBEAT_SECONDS
+        self._write({})
+
+    def step(self, entry: dict[str, Any], used: float, seconds_left: float) -> None:
+        self.losses.append(entry["loss"])
+        self.rates.append(entry["step_tokens"] / entry["step_seconds"])
+        now = time.monotonic()
+        if now - self.last < HEARTBEAT_SECONDS:
+            return
+        self.last = now
+        self._write(
+            {
+                "step": entry["step"],
+                "used": min(used, 1.0),
+                "loss": sum(self.losses) / len(self.losses),
+                "tokens_per_second": sum(self.rates) / len(self.rates),
+                "seconds_left": seconds_left,
+            }
+        )
+
+    def _write(self, values: dict[str, Any]) -> None:
+        replace_file(self.path, json.dumps({**self.constant, "time": time.time(), **values}))
+
+
+def main(folder: RunFolder) -> int:
+    """Do the run, or what is left of it; returns an exit code."""
+    lock = wait_lock(folder.path / ".lock", LOCK_SECONDS)
+    if lock is None:
+        return EXIT_BUSY
+    with lock:
+        task = folder.task()
+        if task is None:
+            print(f"{folder.path} holds no task.json", file=sys.stderr)
+            return EXIT_FAILED
+        record = folder.record()
+        if record and not _is_replaced(record, task):
+            # Killed after the run had ended: perhaps before its record reached the store.
+            _store_once(folder, record)
+        else:
+            if record:
+                _set_aside(folder, record)
+            try:
+                record = _run(folder, task)
+            except KeyboardInterrupt:
+                return EXIT_INTERRUPTED
+            if record is None:
+                return EXIT_INTERRUPTED
+            Store(folder.store).append(record)
+        if record["status"] == "done" and not task["keep_checkpoint"]:
+            folder.checkpoint.unlink(missing_ok=True)
+        return {"done": 0, "diverged": EXIT_DIVERGED}.get(record["status"], EXIT_FAILED)
+
+
+def _run(folder: RunFolder, task: dict[str, Any]) -> Record | None:
+    """Train, resuming where a checkpoint lies; the record, also of a failure; None where interrupted."""
     from e88.data.corpus import open_corpus
+    from e88.errors import UserError
     from e88.runtime import choose_device
-    from e88.study.progress import Progress
-    from e88.study.spec import RunSpec
+    from e88.sizing.closed_form import describe
     from e88.training.loop import Interrupted, train
+    from e88.training.record import failed
 
+    spec = RunSpec.from_dict(task["run"])
+    corpus = open_corpus(spec.data, tokenizer=spec.tokenizer)
+    spec = spec.with_vocabulary(corpus.vocab_size)
     try:
-        data = json.loads((folder / "spec.json").read_text())
-        device = choose_device(data.pop("device"))
-        spec = RunSpec.from_dict(data)
-        corpus = open_corpus(spec.data, tokenizer=spec.tokenizer)
-        with Progress(spec.name, corpus.bytes_per_token) as progress:
-            record = train(
-                spec.model, spec.training, corpus, folder, name=spec.name, device=device, resume=True, reporter=progress
-            )
+        if config_hash(spec.model.to_dict(), spec.training.to_dict(), corpus.hash) != folder.id:
+            raise UserError(f"the data {spec.data} are not those of run {folder.id}; give this machine the same data")
+        device = choose_device(task["device"])
+        return train(
+            spec.model, spec.training, corpus, folder.path, name=spec.name, device=device, resume=True,
+            reporter=Heartbeat(folder, os.environ.get("E88_SLOT", "")),
+        )  # fmt: skip
     except Interrupted:
-        return EXIT_INTERRUPTED
+        return None
     except Exception as error:
-        (folder / "traceback.txt").write_text(traceback.format_exc())
-        (folder / "error.txt").write_text(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-        return EXIT_FAILED
-    return EXIT_DIVERGED if record["status"] == "diverged" else 0
+        (folder.path / "traceback.txt").write_text(traceback.format_exc())
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    size = describe(spec.model, window=spec.training.window)
+    try:
+        device = choose_device(task["device"])
+    except UserError:
+        device = choose_device("cpu")
+    # Data that have changed give another id: this is the end of the run that was asked for.
+    record = {**failed(spec.name, spec.model, spec.training, corpus, size, device, reason), "id": folder.id}
+    folder.write("record.json", record)
+    return record
 
 
-def _stop_with_parent() -> None:
-    """Have the kernel send SIGTERM when the parent dies, so that a killed runner leaves no orphan (Linux only)."""
+def _is_replaced(record: Record, task: dict[str, Any]) -> bool:
+    """Whether this record is the one that the task asks to replace (a retry); a later one is not."""
+    return task["replaces"] is not None and record["started"] == task["replaces"]
+
+
+def _set_aside(folder: RunFolder, record: Record) -> None:
+    """Make room for another try. A diverged run starts afresh: from its checkpoint it would diverge again."""
+    if record["status"] == "diverged":
+        folder.checkpoint.unlink(missing_ok=True)
+    (folder.path / "record.json").unlink()
+
+
+def _store_once(folder: RunFolder, record: Record) -> None:
+    store = Store(folder.store)
+    known = {(r["id"], r["status"], r.get("started")) for r in store.summaries()}
+    if (record["id"], record["status"], record.get("started")) not in known:
+        store.append(record)
+
+
+def _stop_with(parent: int) -> None:
+    """Have the kernel send SIGTERM when the parent dies, so that a killed scheduler leaves no orphan (Linux only)."""
     if sys.platform == "linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+        if os.getppid() != parent:
+            sys.exit(EXIT_INTERRUPTED)
 
 
 if __name__ == "__main__":
-    _stop_with_parent()
-    sys.exit(main(Path(sys.argv[1])))
+    if len(sys.argv) > 3:
+        _stop_with(int(sys.argv[3]))
+    sys.exit(main(RunFolder(Path(sys.argv[1]), sys.argv[2])))

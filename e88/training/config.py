@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -109,3 +111,15 @@ class TrainingConfig:
         data["budget"] = build_config(Budget, budget)
         config: TrainingConfig = build_config(cls, data)
         return config
+
+
+def identity(model: Mapping[str, Any], training: Mapping[str, Any], data_hash: str) -> dict[str, Any]:
+    """Everything that decides a run. How often it is saved does not."""
+    training = {k: v for k, v in training.items() if k != "checkpoint_every"}
+    return {"model": model, "training": training, "data": data_hash}
+
+
+def config_hash(model: Mapping[str, Any], training: Mapping[str, Any], data_hash: str) -> str:
+    """A run's id: 12 hex digits over its identity."""
+    text = json.dumps(identity(model, training, data_hash), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

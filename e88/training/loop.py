@@ -173,6 +173,8 @@ def _evaluate(run: Run, heldout: np.ndarray) -> HeldOut:
     with run.clock.section("evaluate"), run.optimizer.averaged(run.model), autocast(run.device, run.config.precision):
         result = evaluate(run.model, run.corpus, heldout, part)
     seconds = run.clock.seconds["train"]
+    # A run killed after its last checkpoint evaluates that step once more.
+    run.heldout = [point for point in run.heldout if point["step"] < run.step]
     run.heldout.append({"step": run.step, "tokens": run.tokens, "seconds": seconds, "bpb": result.bpb})
     return result
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from e88.files import write_text
 from e88.models.config import ModelConfig
 from e88.runtime import environment, peak_flops
 from e88.training import steplog
-from e88.training.config import TrainingConfig
+from e88.training.config import TrainingConfig, config_hash
 from e88.training.evaluate import HeldOut
 from e88.training.run import Run
 
@@ -26,18 +25,6 @@ SCHEMA = 1
 def utc_now() -> str:
     """The time as in records: UTC, to the second."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def identity(model: Mapping[str, Any], training: Mapping[str, Any], data_hash: str) -> dict[str, Any]:
-    """Everything that decides a run. How often it is saved does not."""
-    training = {k: v for k, v in training.items() if k != "checkpoint_every"}
-    return {"model": model, "training": training, "data": data_hash}
-
-
-def config_hash(model: Mapping[str, Any], training: Mapping[str, Any], data_hash: str) -> str:
-    """A run's id: 12 hex digits over its identity."""
-    text = json.dumps(identity(model, training, data_hash), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def header(

@@ -15,9 +15,9 @@ from e88.models.config import ModelConfig
 from e88.models.lm import LanguageModel
 from e88.training.budget import Clock
 from e88.training.checkpoint import flatten, load_tensors, restore_model, save_tensors, unflatten
-from e88.training.config import TrainingConfig
+from e88.training.config import TrainingConfig, identity
 from e88.training.optimizer import Optimizer
-from e88.training.record import identity, utc_now
+from e88.training.record import utc_now
 from e88.training.run import Run
 from e88.training.steplog import StepLog, read_entries
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 
 LEVEL = 0.95
+MOST_SEEDS = 200
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class Estimate:
     """A mean and, where one can be had, its 95 % interval.
 
     n: how many seeds the mean is over. over: what the interval spans: "seeds" (Student's t over n >= 2 seeds),
-    "windows" (of one seed over its held-out windows: it says nothing about other seeds) or "" (no interval).
+    "windows" (of one seed over its held-out windows: it says nothing about other seeds), "exact" (counted, not
+    measured) or "" (no interval).
     """
 
     mean: float
@@ -70,16 +72,29 @@ def _central_probability(theta: float, dof: int) -> float:
     return (theta + math.sin(theta) * total) * 2 / math.pi if odd else math.sin(theta) * total
 
 
-def mean_interval(values: Sequence[float]) -> Estimate:
-    """The mean of one value per seed, with its 95 % t-interval from two values on."""
+def mean_interval(values: Sequence[float], level: float = LEVEL) -> Estimate:
+    """The mean of one value per seed, with its t-interval (95 % unless told) from two values on."""
     n = len(values)
     if n == 0:
         raise ValueError("a mean needs at least one value")
     mean = math.fsum(values) / n
     if n == 1:
         return Estimate(mean, 1)
-    half = t_quantile(LEVEL, n - 1) * statistics.stdev(values) / math.sqrt(n)
+    half = t_quantile(level, n - 1) * statistics.stdev(values) / math.sqrt(n)
     return Estimate(mean, n, mean - half, mean + half, "seeds")
+
+
+def seeds_to_decide(values: Sequence[float], threshold: float, level: float = LEVEL) -> int | None:
+    """How many seeds in all would set the mean apart from `threshold`, if mean and spread stay as they are.
+
+    None where there is no spread to go by (fewer than two values), or where `MOST_SEEDS` would not do.
+    """
+    if len(values) < 2:
+        return None
+    distance, spread = abs(math.fsum(values) / len(values) - threshold), statistics.stdev(values)
+    return next(
+        (n for n in range(2, MOST_SEEDS + 1) if t_quantile(level, n - 1) * spread < distance * math.sqrt(n)), None
+    )
 
 
 def heldout_estimate(values: Sequence[float], window_interval: Sequence[float] | None) -> Estimate:

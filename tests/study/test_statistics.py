@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from e88.report.statistics import (
+from e88.study.statistics import (
     heldout_estimate,
     mean_interval,
     median_spread,

@@ -1,0 +1,207 @@
+"""`e88 study`: scaling studies as executable claims."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from e88.cli import EXIT_FAILED, app, options
+from e88.errors import UserError
+
+if TYPE_CHECKING:
+    from e88.study.design import Experiment
+
+study = typer.Typer(
+    help="Scaling studies: runs and claims from one TOML file (see studies/).",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(study, name="study")
+
+Spec = Annotated[Path, typer.Argument(metavar="SPEC", help="A study's TOML file.")]
+Scale = Annotated[str, typer.Option(help="One of the spec's scales.")]
+Out = Annotated[Path | None, typer.Option(help="The store.  [default: runs/NAME of the spec]")]
+Claims = Annotated[list[str] | None, typer.Option("--claim", metavar="NAME", help="Only these claims (* and ?).")]
+Seeds = Annotated[int | None, typer.Option(min=1, help="Seeds of each run.  [default: the scale's]")]
+Slots = Annotated[int | None, typer.Option(min=1, help="Runs at once on the CPU.  [default: one a core]")]
+Gpus = Annotated[str | None, typer.Option(help="GPUs to use, 0,1,... or all.  [default: all, with --device cuda]")]
+
+
+@study.command()
+def run(
+    spec: Spec,
+    scale: Scale = "smoke",
+    out: Out = None,
+    claim: Claims = None,
+    seeds: Seeds = None,
+    data: options.Data = None,
+    launcher: Annotated[str, typer.Option(help="Where runs start: local.")] = "local",
+    slots: Slots = None,
+    gpus: Gpus = None,
+    device: options.Device = "auto",
+    keep_checkpoints: Annotated[bool, typer.Option(help="Keep the checkpoints of runs that are done.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Do every run that has no record yet, then print the verdicts. Repeat it after an interruption; it goes on.
+
+    Exit code 0 when every run ended, 1 when one failed. Diverged runs are results.
+    """
+    _run(spec, scale, out, claim, seeds, data, launcher, slots, gpus, device, keep_checkpoints, as_json, ())
+
+
+@study.command()
+def retry(
+    spec: Spec,
+    scale: Scale = "smoke",
+    out: Out = None,
+    claim: Claims = None,
+    seeds: Seeds = None,
+    data: options.Data = None,
+    launcher: Annotated[str, typer.Option(help="Where runs start: local.")] = "local",
+    slots: Slots = None,
+    gpus: Gpus = None,
+    device: options.Device = "auto",
+    keep_checkpoints: Annotated[bool, typer.Option(help="Keep the checkpoints of runs that are done.")] = False,
+    diverged: Annotated[bool, typer.Option("--diverged", help="Diverged runs too, from their start.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """As `run`, trying failed runs again."""
+    again = ("failed", "diverged") if diverged else ("failed",)
+    _run(spec, scale, out, claim, seeds, data, launcher, slots, gpus, device, keep_checkpoints, as_json, again)
+
+
+@study.command()
+def status(
+    spec: Spec,
+    scale: Scale = "smoke",
+    out: Out = None,
+    claim: Claims = None,
+    seeds: Seeds = None,
+    data: options.Data = None,
+    as_json: options.Json = False,
+) -> None:
+    """What is done, what runs where, and what is left."""
+    from e88.study.status import statuses
+
+    experiment, store = _experiment(spec, scale, out, claim, seeds, data)
+    found = statuses(experiment.runs, store)
+    if as_json:
+        print(json.dumps([row.to_dict() for row in found]))
+        return
+    from e88.cli.study_view import show_status
+
+    show_status(found)
+
+
+@study.command()
+def plan(
+    spec: Spec,
+    scale: Scale = "smoke",
+    out: Out = None,
+    claim: Claims = None,
+    seeds: Seeds = None,
+    data: options.Data = None,
+    measured: Annotated[
+        list[Path] | None, typer.Option(help="Records to take throughput from.  [default: the store]")
+    ] = None,
+    hardware: Annotated[str, typer.Option(help="Part of the name of the hardware to estimate for.")] = "",
+    as_json: options.Json = False,
+) -> None:
+    """What would run, and its cost from measured throughput."""
+    from e88.cli.study_view import plan_rows, show_plan
+    from e88.study.cost import Throughput
+    from e88.study.store import Store
+
+    experiment, store = _experiment(spec, scale, out, claim, seeds, data)
+    records = Store(store).summaries()
+    ended = {record["id"] for record in records}
+    for path in measured or []:
+        records += Store(path).summaries()
+    throughput = Throughput(records, hardware)
+    rows = plan_rows(experiment, ended, throughput)
+    if as_json:
+        print(json.dumps({"hardware": throughput.hardware, "models": rows}))
+    else:
+        show_plan(rows, throughput.hardware)
+
+
+@study.command()
+def report(
+    spec: Spec,
+    scale: Scale = "smoke",
+    out: Out = None,
+    claim: Claims = None,
+    seeds: Seeds = None,
+    data: options.Data = None,
+    as_json: options.Json = False,
+) -> None:
+    """The verdicts on the claims, from the records alone; also written to study-SCALE.json and .md in the store."""
+    experiment, store = _experiment(spec, scale, out, claim, seeds, data)
+    _report(experiment, store, as_json)
+
+
+def _experiment(
+    spec: Path, scale: str, out: Path | None, claims: list[str] | None, seeds: int | None, data: str | None
+) -> tuple[Experiment, Path]:
+    from e88.study.design import load_study
+
+    loaded = load_study(spec, data=data)
+    return loaded.at(scale, claims=claims or (), seeds=seeds), out or Path("runs") / loaded.name
+
+
+def _run(
+    spec: Path,
+    scale: str,
+    out: Path | None,
+    claims: list[str] | None,
+    seeds: int | None,
+    data: str | None,
+    launcher: str,
+    slots: int | None,
+    gpus: str | None,
+    device: str,
+    keep_checkpoints: bool,
+    as_json: bool,
+    again: tuple[str, ...],
+) -> None:
+    from e88.study.live import LiveView
+    from e88.study.scheduler import Interrupted, run_all
+
+    experiment, store = _experiment(spec, scale, out, claims, seeds, data)
+    chosen = make_launcher(launcher, store, slots=slots, gpus=gpus, device=device)
+    with LiveView() as view:
+        view.message(f"{experiment.study.title}: scale {scale}, {len(experiment.runs)} runs, {chosen.describe()}")
+        try:
+            records = run_all(
+                experiment.runs, store, chosen, view, device=device, retry=again, keep_checkpoints=keep_checkpoints
+            )
+        except Interrupted as stop:
+            view.message(str(stop))
+            raise typer.Exit(130) from None
+    _report(experiment, store, as_json)
+    if any(record["status"] == "failed" for record in records.values()):
+        raise typer.Exit(EXIT_FAILED)
+
+
+def make_launcher(name: str, store: Path, *, slots: int | None, gpus: str | None, device: str) -> Any:
+    """The launcher of a name, for the CPU or for the GPUs asked for."""
+    from e88.study import launchers
+
+    if name != "local":
+        raise UserError(f"unknown launcher '{name}'; known: local")
+    return launchers.LocalLauncher(launchers.local_slots(slots=slots, gpus=gpus, device=device), store)
+
+
+def _report(experiment: Experiment, store: Path, as_json: bool) -> None:
+    from e88.report.study import render_terminal, study_report, write_report
+    from e88.study.store import Store
+
+    records = {record["id"]: record for record in Store(store).summaries()}
+    result = study_report(experiment, records)
+    path = write_report(result, store)
+    print(json.dumps(result.to_dict()) if as_json else render_terminal(result), end="\n" if as_json else "")
+    print(f"report: {path}", file=sys.stderr)

@@ -1,0 +1,219 @@
+"""A study as it is written down: models, budgets, scales and claims in one TOML file.
+
+title, source, data, tokenizer
+[training]         training keys of every run
+[scales.NAME]      seeds, shrink = {width, depth, tolerance}, training, kinds.KIND (training keys of a kind of mixer)
+[budgets.NAME]     exclusive, and for each scale a budget such as {steps = 200}
+[models.NAME]      see `e88.study.shapes`; training (keys of its runs); for a scale's name, a table to use there
+                   instead; vary = {key = [values]} with {key} in NAME makes a grid
+[claims.NAME]      see `e88.study.claims`
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from e88.errors import UserError, unknown_name
+from e88.models.config import ModelConfig, build_config
+from e88.sizing.closed_form import count_params
+from e88.study.claims import Claim, expand, parse_claim
+from e88.study.plan import PlannedRun, Planner, distinct
+from e88.study.shapes import Shrink, build
+from e88.study.spec import DEFAULT_DATA, RunSpec, read_toml
+from e88.training.config import TrainingConfig
+
+KEYS = ("title", "source", "data", "tokenizer", "training", "scales", "budgets", "models", "claims")
+FULL = Shrink()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How big a study is run: its models by a rule, its budgets by name, its seeds. kinds: training keys by mixer."""
+
+    name: str
+    seeds: int = 1
+    shrink: Shrink = FULL
+    training: Mapping[str, Any] = field(default_factory=dict)
+    kinds: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a spec says. name: the file's."""
+
+    name: str
+    title: str
+    source: str
+    data: str
+    tokenizer: str | None
+    training: Mapping[str, Any]
+    scales: Mapping[str, Scale]
+    budgets: Mapping[str, Mapping[str, Any]]
+    models: Mapping[str, Mapping[str, Any]]
+    claims: tuple[Claim, ...]
+
+    def at(self, scale: str, *, claims: Sequence[str] = (), seeds: int | None = None) -> Experiment:
+        """The study at one scale, all of it or what the claims of these names (with * and ?) need."""
+        if scale not in self.scales:
+            raise unknown_name("scale", scale, self.scales)
+        chosen = self.claims
+        if claims:
+            wanted = expand(claims, [claim.name for claim in self.claims])
+            parts = {part for claim in self.claims if claim.name in wanted for part in claim.models}
+            chosen = tuple(c for c in self.claims if c.name in wanted or c.name in parts)
+        count = seeds or self.scales[scale].seeds
+        return Experiment(self, self.scales[scale], chosen, tuple(range(count)), partial=bool(claims))
+
+    def model(self, name: str, scale: Scale | None = None) -> ModelConfig:
+        """A model of the study, at full size where no scale is given."""
+        try:
+            table = dict(self.models[name])
+            table.pop("training", None)
+            own = {key: table.pop(key) for key in self.scales if key in table}
+            if scale is not None and scale.name in own:
+                return build(own[scale.name], Shrink(tolerance=scale.shrink.tolerance), self._params_at(scale))
+            return build(table, scale.shrink if scale else FULL, self._params_at(scale))
+        except UserError as error:
+            raise UserError(f"model '{name}': {error}") from error
+
+    def _params_at(self, scale: Scale | None) -> Callable[[str], int]:
+        return lambda other: count_params(self.model(other, scale))
+
+    def run(self, model: str, budget: str, seed: int, scale: Scale, config: ModelConfig) -> RunSpec:
+        """One run of a model under a budget."""
+        if scale.name not in self.budgets[budget]:
+            raise UserError(f"the budget '{budget}' says nothing of scale '{scale.name}'; add {scale.name} = {{...}}")
+        training = {
+            **self.training, **scale.training, **scale.kinds.get(config.mixer.kind, {}),
+            **self.models[model].get("training", {}), "budget": self.budgets[budget][scale.name], "seed": seed,
+        }  # fmt: skip
+        return RunSpec(
+            name=model, model=config, training=TrainingConfig.from_dict(training), data=self.data,
+            tokenizer=self.tokenizer,
+        )  # fmt: skip
+
+    def is_exclusive(self, budget: str) -> bool:
+        return bool(self.budgets[budget].get("exclusive", False))
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A study at one scale. partial: only what some claims need."""
+
+    study: Study
+    scale: Scale
+    claims: tuple[Claim, ...]
+    seeds: tuple[int, ...]
+    partial: bool = False
+
+    @cached_property
+    def arms(self) -> tuple[tuple[str, str], ...]:
+        """(model, budget) of every series of runs: those that claims need, and under the first budget those that
+        no claim names."""
+        needed = {(model, claim.budget): None for claim in self.claims for model in claim.involved}
+        if not self.partial:
+            named = {model for model, _ in needed}
+            first = next(iter(self.study.budgets))
+            needed |= {(model, first): None for model in self.study.models if model not in named}
+        order = list(self.study.models)
+        return tuple(sorted(needed, key=lambda arm: (list(self.study.budgets).index(arm[1]), order.index(arm[0]))))
+
+    @cached_property
+    def configs(self) -> dict[str, ModelConfig]:
+        """The models that run, at this scale."""
+        return {name: self.study.model(name, self.scale) for name in dict.fromkeys(model for model, _ in self.arms)}
+
+    @cached_property
+    def planned(self) -> dict[tuple[str, str, int], PlannedRun]:
+        """(model, budget, seed) -> its run. Seed by seed, so that an interruption leaves whole comparisons. Two models
+        that are the same have the same runs."""
+        planner = Planner()
+        return {
+            (model, budget, seed): planner.plan(
+                self.study.run(model, budget, seed, self.scale, self.configs[model]), self.study.is_exclusive(budget)
+            )
+            for seed in self.seeds
+            for model, budget in self.arms
+        }
+
+    @cached_property
+    def runs(self) -> list[PlannedRun]:
+        """Every run once."""
+        return distinct(self.planned.values())
+
+
+def load_study(path: str | Path, *, data: str | None = None) -> Study:
+    """The study of a TOML file; `data` replaces the data it names. UserError for whatever is wrong with it."""
+    path = Path(path)
+    try:
+        return parse_study(path.stem, read_toml(path), data=data)
+    except UserError as error:
+        text = str(error)
+        raise UserError(text if str(path) in text else f"{path}: {text}") from error
+
+
+def parse_study(name: str, table: Mapping[str, Any], *, data: str | None = None) -> Study:
+    """The study of a parsed spec."""
+    for key in table:
+        if key not in KEYS:
+            raise unknown_name("key", key, KEYS)
+    for key in ("scales", "budgets", "models"):
+        if not isinstance(table.get(key), Mapping) or not table[key]:
+            raise UserError(f"the study needs [{key}.NAME] tables")
+    scales = {key: _scale(key, value) for key, value in table["scales"].items()}
+    for budget, values in table["budgets"].items():
+        for key in values:
+            if key != "exclusive" and key not in scales:
+                raise unknown_name(f"scale in budget '{budget}':", key, ("exclusive", *scales))
+    models = dict(_grid(table["models"]))
+    budgets = {key: bool(value.get("exclusive", False)) for key, value in table["budgets"].items()}
+    claims = tuple(parse_claim(key, value, list(models), budgets) for key, value in table.get("claims", {}).items())
+    names = [claim.name for claim in claims]
+    for claim in claims:
+        for part in claim.models if claim.form == "all" else ():
+            if part not in names or next(c for c in claims if c.name == part).form == "all":
+                raise UserError(f"claim '{claim.name}': 'all' names simple claims of this study, '{part}' is none")
+    return Study(
+        name=name,
+        title=str(table.get("title", name)),
+        source=str(table.get("source", "")),
+        data=data or str(table.get("data", DEFAULT_DATA)),
+        tokenizer=table.get("tokenizer"),
+        training=table.get("training", {}),
+        scales=scales,
+        budgets=table["budgets"],
+        models=models,
+        claims=claims,
+    )
+
+
+def _scale(name: str, table: Mapping[str, Any]) -> Scale:
+    values = dict(table)
+    shrink = build_config(Shrink, values.pop("shrink", {}))
+    scale: Scale = build_config(Scale, {"name": name, "shrink": shrink, **values})
+    if scale.seeds < 1:
+        raise UserError(f"scale '{name}': seeds must be at least 1, got {scale.seeds}")
+    return scale
+
+
+def _grid(tables: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(name, table) of every model, those with `vary` multiplied out."""
+    for name, table in tables.items():
+        if not isinstance(table, Mapping):
+            raise UserError(f"model '{name}' must be a table, for instance {{preset = 'tiny-e88'}}")
+        values = dict(table)
+        vary = values.pop("vary", None)
+        if vary is None:
+            yield name, values
+            continue
+        for combination in itertools.product(*vary.values()):
+            chosen = dict(zip(vary, combination, strict=True))
+            try:
+                yield name.format(**chosen), {**values, **chosen}
+            except (KeyError, IndexError, ValueError) as error:
+                raise UserError(f"model '{name}': its name may hold {{key}} of vary only ({error})") from error

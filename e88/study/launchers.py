@@ -1,0 +1,176 @@
+"""Where runs are started. A launcher starts a job where it finds room and hands back a handle; it decides nothing else.
+
+The scheduler knows launchers and handles by the two protocols below alone.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Protocol
+
+from e88.errors import UserError
+from e88.study.folder import RunFolder, try_lock
+
+LOCKS = ".locks"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to be started. exclusive: its speed is measured, so nothing else may run on its processors meanwhile."""
+
+    folder: RunFolder
+    name: str
+    exclusive: bool = False
+
+
+class Handle(Protocol):
+    """A job that was started. where: the slot, node or queue it is in, for people."""
+
+    where: str
+
+    def poll(self) -> int | None:
+        """The worker's exit code, negative for a signal; None while it is queued or runs."""
+
+    def stop(self) -> None:
+        """Ask the worker to stop with a checkpoint, or take it out of the queue. Returns at once."""
+
+    def kill(self) -> None:
+        """End it now."""
+
+
+class Launcher(Protocol):
+    """Whoever can start workers. The run's folder holds its task.json already."""
+
+    def start(self, job: Job) -> Handle | None:
+        """Start the job's worker; None where there is no room now (the scheduler asks again)."""
+
+    def describe(self) -> str:
+        """What it offers, in a few words."""
+
+
+def worker_command(folder: RunFolder) -> list[str]:
+    """The command of a worker, to be run anywhere that sees the store under the same path."""
+    return [sys.executable, "-m", "e88.study.worker", str(folder.store.resolve()), folder.id]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place for one run. environment: what makes a process use this place and no other."""
+
+    name: str
+    environment: Mapping[str, str]
+
+    @property
+    def on_gpu(self) -> bool:
+        return "CUDA_VISIBLE_DEVICES" in self.environment
+
+
+def cpu_slots(count: int) -> list[Slot]:
+    """`count` places that share the processor's cores evenly."""
+    threads = str(max(cores() // count, 1))
+    return [Slot(f"cpu{i}", {"OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads}) for i in range(count)]
+
+
+def gpu_slots(names: list[str]) -> list[Slot]:
+    """One place for each GPU, by index or UUID as CUDA_VISIBLE_DEVICES takes them."""
+    return [Slot(f"gpu{name}", {"CUDA_VISIBLE_DEVICES": name}) for name in names]
+
+
+def local_slots(*, slots: int | None = None, gpus: str | None = None, device: str = "auto") -> list[Slot]:
+    """The slots of this machine that options ask for: its GPUs where there are any, else one for each core.
+
+    gpus: `all` or indices such as `0,2`. UserError where the options contradict each other or the machine.
+    """
+    if gpus is None and (device == "cpu" or slots is not None):
+        return cpu_slots(slots or cores())
+    import torch
+
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
+    if not torch.cuda.is_available():
+        if gpus is None and device == "auto":
+            return cpu_slots(cores())
+        raise UserError(f"torch {torch.__version__} sees no GPU here; leave out --gpus and use --device cpu")
+    if device == "cpu" or slots is not None:
+        raise UserError("--gpus is for GPUs, --slots and --device cpu for the CPU; give one")
+    wanted = visible if gpus in (None, "all") else str(gpus).split(",")
+    if unknown := [name for name in wanted if name not in visible]:
+        raise UserError(f"there is no GPU {unknown[0]}; this machine shows {', '.join(visible)}")
+    return gpu_slots(wanted)
+
+
+def cores() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class LocalLauncher:
+    """Processes on this machine, one for each slot.
+
+    A worker holds its slot's lock, and a lock on the machine's processor: shared, or alone where its run is exclusive
+    (on a GPU slot the slot is enough). The locks are files in the store, so that two schedulers on one store share the
+    slots, and they end with the worker, not with the scheduler.
+    """
+
+    def __init__(self, slots: list[Slot], store: Path) -> None:
+        if not slots:
+            raise UserError("there is no slot to run on; give --slots or --gpus")
+        self.slots = slots
+        self.locks = store / LOCKS
+        self.host = socket.gethostname()
+
+    def start(self, job: Job) -> Handle | None:
+        for slot in self.slots:
+            if taken := self._take(slot, job.exclusive):
+                try:
+                    return LocalHandle(slot, job, [lock.fileno() for lock in taken])
+                finally:
+                    # The worker has inherited them.
+                    for lock in taken:
+                        lock.close()
+        return None
+
+    def describe(self) -> str:
+        return "local slots " + ", ".join(slot.name for slot in self.slots)
+
+    def _take(self, slot: Slot, exclusive: bool) -> list[IO[str]]:
+        """The locks of a free slot; [] where it is not free."""
+        own = try_lock(self.locks / f"{self.host}-{slot.name}")
+        if own is None or slot.on_gpu:
+            return [own] if own else []
+        machine = try_lock(self.locks / self.host, shared=not exclusive)
+        if machine is None:
+            own.close()
+            return []
+        return [own, machine]
+
+
+class LocalHandle:
+    """A worker process of its own session, so that a Ctrl-C reaches it once, through the scheduler."""
+
+    def __init__(self, slot: Slot, job: Job, locks: list[int]) -> None:
+        self.where = slot.name
+        # A run alone on the processor keeps the threads that the user has set, or all.
+        alone = job.exclusive and not slot.on_gpu
+        environment = {**os.environ, **({} if alone else slot.environment), "E88_SLOT": slot.name}
+        command = [*worker_command(job.folder), str(os.getpid())]
+        with open(job.folder.path / "worker.log", "ab") as log:
+            self.process = subprocess.Popen(
+                command, env=environment, pass_fds=locks, start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            )  # fmt: skip
+
+    def poll(self) -> int | None:
+        return self.process.poll()
+
+    def stop(self) -> None:
+        self.process.terminate()
+
+    def kill(self) -> None:
+        self.process.kill()

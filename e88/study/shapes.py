@@ -1,0 +1,119 @@
+"""The models of a study: from a table in its spec to a configuration, at full size or shrunk by a rule.
+
+A table is one of
+    preset = NAME, with any other key of the model or its mixer on top
+    kind = KIND, params = "500M", and any of dim, depth, n_heads, n_state fixed: solved for the count, balanced
+    kind = KIND and all dimensions
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from e88.errors import UserError
+from e88.models.config import AttentionConfig, E88Config, GatedDeltaNetConfig, Mamba2Config, ModelConfig, build_config
+from e88.sizing.closed_form import block_params
+from e88.sizing.presets import preset
+from e88.sizing.solve import TOLERANCE, matched, mixer_kind, solve
+from e88.sizing.units import parse_count
+
+MODEL_KEYS = ("dim", "depth", "vocab_size", "mlp_hidden")
+SOLVED_KEYS = ("dim", "depth", "n_heads", "n_state")
+WIDTH_STEP = 8
+
+
+@dataclass(frozen=True)
+class Shrink:
+    """A rule that makes a study's models small and keeps what they differ in: widths (dim and heads) divided by
+    `width`, depths by `depth`, so parameters by about width² depth; n_state and head widths stay.
+
+    tolerance: of a solved or matched count, relative. Small models have few shapes, so it is wider there.
+    """
+
+    width: float = 1.0
+    depth: float = 1.0
+    tolerance: float = TOLERANCE
+
+    @property
+    def params(self) -> float:
+        return self.width**2 * self.depth
+
+    @property
+    def is_none(self) -> bool:
+        return self.params == 1
+
+
+def build(table: Mapping[str, Any], shrink: Shrink, params_of: Callable[[str], int]) -> ModelConfig:
+    """The configuration of a table. params_of: parameters of another model of the study, for `match`.
+
+    `match` = another model: at full size nothing; shrunk, the model becomes one of its kind with as many parameters.
+    """
+    options = dict(table)
+    match = options.pop("match", None)
+    if match is not None and not shrink.is_none:
+        kind = preset(options["preset"]).mixer.kind if "preset" in options else options["kind"]
+        return matched(kind, params_of(match), tolerance=shrink.tolerance)
+    if "preset" in options:
+        base = preset(options.pop("preset"))
+        return shrunk(_with(base, options), shrink)
+    if "kind" not in options:
+        raise UserError("a model needs a preset, or a kind with params or all of its dimensions")
+    if "params" in options:
+        return _solved(options, shrink)
+    model = {key: options.pop(key) for key in MODEL_KEYS if key in options}
+    return shrunk(ModelConfig.from_dict({**model, "mixer": options}), shrink)
+
+
+def _with(config: ModelConfig, options: Mapping[str, Any]) -> ModelConfig:
+    """A configuration with some of its own, or its mixer's, keys replaced."""
+    model = {key: value for key, value in options.items() if key in MODEL_KEYS}
+    mixer = {key: value for key, value in options.items() if key not in MODEL_KEYS}
+    built = build_config(type(config.mixer), {**dataclasses.asdict(config.mixer), **mixer})
+    return dataclasses.replace(config, mixer=built, **model)
+
+
+def _solved(options: dict[str, Any], shrink: Shrink) -> ModelConfig:
+    kind = mixer_kind(options.pop("kind"))
+    target = round(parse_count(str(options.pop("params"))) / shrink.params)
+    fixed = {key: options.pop(key) for key in SOLVED_KEYS if key in options}
+    if "dim" in fixed:
+        fixed["dim"] = _width(fixed["dim"] / shrink.width)
+    if "n_heads" in fixed:
+        fixed["n_heads"] = max(round(fixed["n_heads"] / shrink.width), 1)
+    if "depth" in fixed:
+        fixed["depth"] = max(round(fixed["depth"] / shrink.depth), 1)
+    if kind == "e88":
+        template = build_config(E88Config, {"n_heads": 1, **options})
+        return solve(target, template=template, tolerance=shrink.tolerance, top=1, **fixed)[0].config
+    if set(fixed) - {"depth"} or options:
+        raise UserError(f"a {kind} model is solved from params and depth alone; drop {', '.join({**fixed, **options})}")
+    return matched(kind, target, shrink.tolerance, **fixed)
+
+
+def shrunk(config: ModelConfig, shrink: Shrink) -> ModelConfig:
+    """A configuration by the rule: widths divided, then the depth that comes nearest to the divided count."""
+    if shrink.is_none:
+        return config
+    mixer, dim = config.mixer, _width(config.dim / shrink.width)
+    if isinstance(mixer, (E88Config, GatedDeltaNetConfig)):
+        mixer = dataclasses.replace(mixer, n_heads=max(round(mixer.n_heads / shrink.width), 1))
+    elif isinstance(mixer, Mamba2Config):
+        step = mixer.head_dim // mixer.expand
+        dim = max(round(config.dim / shrink.width / step), 1) * step
+    else:
+        assert isinstance(mixer, AttentionConfig)
+        heads = max(round(mixer.n_heads / shrink.width), 1)
+        dim = max(round(config.dim / shrink.width / heads / 2), 1) * heads * 2
+        mixer = dataclasses.replace(mixer, n_heads=heads)
+    hidden = round(config.mlp_hidden / shrink.width)
+    small = dataclasses.replace(config, dim=dim, depth=1, mixer=mixer, mlp_hidden=hidden)
+    # The embedding does not shrink with the square of the width: the blocks alone are held to the rule.
+    depth = max(round(config.depth * block_params(config) / shrink.params / block_params(small)), 1)
+    return dataclasses.replace(small, depth=depth)
+
+
+def _width(dim: float) -> int:
+    return max(round(dim / WIDTH_STEP), 1) * WIDTH_STEP
