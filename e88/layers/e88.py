@@ -71,7 +71,7 @@ class E88Layer(Mixer):
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """qkv, output gate, a and write gate for x [..., D], before any activation; None where there is no such."""
         projections = (self.qkv_proj, self.g_proj, self.a_proj, self.b_proj)
-        qkv, *others = joint_linear(x, [p.weight for p in projections if p is not None])
+        qkv, *others = joint_linear(x, [p for p in projections if p is not None])
         outputs = iter(others)
         gate, a, b = (None if p is None else next(outputs) for p in projections[1:])
         return qkv, gate, a, b
@@ -96,7 +96,7 @@ class E88Layer(Mixer):
             activation=self.activation, backend=self.backend,
         )  # fmt: skip
         y = y if self.o_norm is None else self._norm_and_gate(y, gate)
-        (out,) = joint_linear(y, [self.o_proj.weight])
+        (out,) = joint_linear(y, [self.o_proj])
         if not return_state:
             return out, None
         assert final is not None

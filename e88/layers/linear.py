@@ -7,23 +7,23 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 # Rows of outputs stay aligned to 16 bytes for 16-bit dtypes, which kernels that load 8 elements at a time want.
 ALIGN = 8
 
 
-def joint_linear(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """x [..., D] times each weight [rows, D], transposed: a tensor [..., rows] for each, in autocast's dtype.
+def joint_linear(x: Tensor, projections: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
+    """Each projection, all without bias, of x [..., D]: a tensor [..., rows] for each, in autocast's dtype.
 
     In training on a GPU the results are neighbouring columns of one tensor. A skinny projection beside a wide one is
     then free, where a product of its own would read x, and write x's gradient, once more.
     """
     kind = x.device.type
     if kind == "cpu" or not torch.is_grad_enabled():
-        return tuple(F.linear(x, weight) for weight in weights)
+        return tuple(projection(x) for projection in projections)
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    outputs: tuple[Tensor, ...] = _JointLinear.apply(x.to(dtype), *weights)
+    outputs: tuple[Tensor, ...] = _JointLinear.apply(x.to(dtype), *(projection.weight for projection in projections))
     return outputs
 
 

@@ -6,6 +6,7 @@ Tensors are named `model.*`, `optimizer.*`, `rng.*`; everything else is JSON in 
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,9 +48,7 @@ def load_tensors(path: str | Path, prefix: str = "") -> tuple[dict[str, Tensor],
     if not path.exists():
         raise UserError(f"no file {path}; give a checkpoint written by e88 train")
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        header, tensors = _read(path)
     except (SafetensorError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} is not a readable safetensors file ({reason}); use an intact checkpoint") from error
@@ -61,6 +60,26 @@ def load_tensors(path: str | Path, prefix: str = "") -> tuple[dict[str, Tensor],
     if meta["format"] != FORMAT:
         raise UserError(f"{path} has format {meta['format']}, not {FORMAT}; read it with the version that wrote it")
     return {name: t for name, t in tensors.items() if name.startswith(prefix)}, meta
+
+
+def _read(path: Path, tries: int = 20) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header and tensors of one file: the library opens a path twice, and a running training may replace it between."""
+    for _ in range(tries):
+        before = _version(path.stat())
+        try:
+            with safe_open(path, framework="pt") as file:
+                found = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+        except (SafetensorError, ValueError):
+            if _version(path.stat()) == before:
+                raise
+            continue
+        if _version(path.stat()) == before:
+            return found
+    raise OSError("it is replaced faster than it can be read")
+
+
+def _version(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_ino, stat.st_mtime_ns
 
 
 def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:

@@ -13,6 +13,12 @@ def problem(dtype=torch.float64, device="cpu", rows=(24, 3, 8)):
     return x, [torch.randn(n, 16, dtype=dtype, device=device, requires_grad=True) for n in rows]
 
 
+def projection(weight):
+    linear = torch.nn.Linear(*reversed(weight.shape), bias=False)
+    linear.weight = torch.nn.Parameter(weight)
+    return linear
+
+
 def test_equals_separate_products_with_gradients():
     x, weights = problem()
     assert torch.autograd.gradcheck(lambda x, *w: _JointLinear.apply(x, *w), (x, *weights))
@@ -49,11 +55,12 @@ def test_neighbours_become_one_matrix_without_a_copy():
 @pytest.mark.gpu
 def test_under_autocast_weights_get_gradients_in_their_own_dtype():
     x, weights = problem(torch.float32, "cuda", (64, 8, 3))
+    projections = [projection(weight.detach()) for weight in weights]
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        outputs = joint_linear(x, weights)
+        outputs = joint_linear(x, projections)
     assert all(y.dtype == torch.bfloat16 for y in outputs)
     cotangents = [torch.randn_like(y) for y in outputs]
-    got = torch.autograd.grad(outputs, [x, *weights], cotangents)
+    got = torch.autograd.grad(outputs, [x, *(p.weight for p in projections)], cotangents)
     wide = [t.detach().to(torch.bfloat16).double().requires_grad_() for t in (x, *weights)]
     apart = [F.linear(wide[0], weight) for weight in wide[1:]]
     want = torch.autograd.grad(apart, wide, [c.double() for c in cotangents])
