@@ -45,11 +45,14 @@ class Projections:
     tied: bool
 
     def to(self, target: Any) -> Projections:
-        """A dtype, for every floating tensor, or a device."""
+        """To a dtype, which concerns every floating tensor, or to a device."""
         names = [f.name for f in fields(self) if isinstance(getattr(self, f.name), Tensor)]
         if isinstance(target, torch.dtype):
-            names.remove("cu_seqlens") if "cu_seqlens" in names else None
+            names = [name for name in names if name != "cu_seqlens"]
         return replace(self, **{name: getattr(self, name).to(target) for name in names})
+
+    def replace(self, **changes: Any) -> Projections:
+        return replace(self, **changes)
 
     def arguments(self) -> dict[str, Any]:
         H, K, V = self.sizes

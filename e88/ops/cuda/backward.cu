@@ -13,6 +13,7 @@
 #include "tile.cuh"
 #include "rows16.cuh"
 #include "tiles16.cuh"
+#include "edges.cuh"
 
 struct Step {
   // k_s as bf16, in the order of `load_split`; bf16 (k_s, q_{s-1}) as `store_pairs` leaves them.
@@ -21,6 +22,10 @@ struct Step {
   // Columns: bf16 dy_{s-1}; e_s as a leading bf16 part and the rest, whose place dv_s takes once the step is walked back.
   u32 dy[COLS / 16][8], e[2][COLS / 16][8];
   float decay, beta, unused[2];
+#if FUSED
+  // g_s, its derivative by a, and this step's shares of the gradients of A_log and dt_bias so far.
+  float log_decay, slope, dA_log, ddt_bias;
+#endif
   // dq_{s-1} and dk_s from each warp's columns.
   float partial[WARPS][2][K];
   // Each pair of lanes' share of dg_s / d_s and dbeta_s.
@@ -35,27 +40,43 @@ constexpr bool EARLY = TILES * K <= 64;
 constexpr int REPLAY_UNROLL = REPLAY, WALK_UNROLL = WALK;
 constexpr int OUTPUTS = (ROW_TILES + 1) / 2;
 
-// Where several blocks share a head, each writes float32 parts of dq, dk, dg and dbeta for the host to add.
+// Where several blocks share a head, each writes float32 parts of dq, dk, dg and dbeta for the host to add; the gradient
+// of raw rows is then left to finish.cu.
 #if COLS >= V
 typedef element summed;
+typedef head_scalar summed_scalar;
 DEVICE void store_sum(summed* p, const float (&x)[8]) { store_piece(p, x); }
+DEVICE void store_sum(summed_scalar* p, float x) { store_head_scalar(p, x); }
 #else
 typedef float summed;
+typedef float summed_scalar;
 DEVICE void store_sum(summed* p, const float (&x)[8]) { store_floats(p, x); }
+DEVICE void store_sum(summed_scalar* p, float x) { *p = x; }
 #endif
+constexpr bool RAW_ROWS = FUSED && SPLITS == 1;
+// dq and dk are written by this many lanes a row.
+constexpr int LINE = RAW_ROWS ? ROW_LANES : K / 8, LINES = 2 * SEGMENT * LINE, LINE_TASKS = (LINES + THREADS - 1) / THREADS;
+constexpr int PIECES = SEGMENT * COLS / 8, PIECE_TASKS = (PIECES + THREADS - 1) / THREADS;
+static_assert(LINE == 1 || !RAW_ROWS || LINES % 32 == 0, "lanes of a row share a warp, all of which takes part");
 
 // Keeps the compiler from working out addresses before the loop over segments, for which registers do not suffice.
 DEVICE void opaque(int& x) { asm volatile("" : "+r"(x)); }
 
 // Sequences, steps and heads are laid out as in forward.cu. e: fp16 [tokens, H, V]; dy, dv: [tokens, H, V]; dq, dk: [SPLITS, tokens, H, K];
 // dg, dbeta: [SPLITS, tokens, H]; a null final-state gradient is zero, a null initial-state gradient is not wanted.
+// If FUSED: the operands of forward.cu, gradients for them, of which rows of dv are dv_step apart, and those of dgate and,
+// if there are no parts to add, of dq, dk, dg and dbeta row_step and drow_step apart; dvectors: [2, N * SPLITS, H] shares
+// of dA_log and ddt_bias, null where there are no such.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 e88_backward(const element* __restrict__ q, const element* __restrict__ k, const u16* __restrict__ e,
-             const float* __restrict__ g, const float* __restrict__ beta, const i64* __restrict__ ends,
+             const head_scalar* __restrict__ g, const head_scalar* __restrict__ beta, const i64* __restrict__ ends,
              const u16* __restrict__ checkpoints, const element* __restrict__ dy, const float* __restrict__ dfinal,
-             summed* __restrict__ dq, summed* __restrict__ dk, element* __restrict__ dv, float* __restrict__ dg,
-             float* __restrict__ dbeta, float* __restrict__ dinitial, int q_step, int k_step, int tokens,
-             int T, int H) {
+             const element* __restrict__ v, const float* __restrict__ A_log, const float* __restrict__ dt_bias,
+             const element* __restrict__ output_gate, const element* __restrict__ ungated,
+             summed* __restrict__ dq, summed* __restrict__ dk, element* __restrict__ dv, summed_scalar* __restrict__ dg,
+             summed_scalar* __restrict__ dbeta, float* __restrict__ dinitial, element* __restrict__ dgate,
+             float* __restrict__ dvectors, int q_step, int k_step, int v_step, int scalar_step, int gate_step,
+             int row_step, int dv_step, int dscalar_step, int tokens, int T, int H) {
   extern __shared__ __align__(256) char tiles[];
   Step* const sm = (Step*)(tiles + (SEGMENT + 1) * TILE_BYTES);
   const int tid = threadIdx.x, lane = tid & 31, group = lane >> 2, t = lane & 3, warp = tid >> 5;
@@ -70,23 +91,36 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
   const int at_key = head * K, at_column = head * V + first, at_part = split * tokens + begin;
 
   // At the head of every walk G is the whole gradient of the state it starts from, q dy^T included.
-  float G[TILES][2][ROWS], S[TILES][2][ROWS], de[TILES][2];
+  float G[TILES][2][ROWS], S[TILES][2][ROWS], de[TILES][2], query[ROWS], total = 0, unused;
+  const int last = begin + length - 1;
+#pragma unroll
+  for (int r = 0; r < ROWS; r++) {
+    query[r] = 0;
+    if (length) unpack_input(q[(i64)last * q_step + at_key + row_of(r, t)], query[r], unused);
+    if (FUSED) query[r] *= sigmoid(query[r]), total += query[r] * query[r];
+  }
+  const float scale = FUSED ? inverse_root(sum_lanes<4>(total) + NORM_EPS) : 1;
 #pragma unroll
   for (int m = 0; m < TILES; m++)
 #pragma unroll
     for (int c = 0; c < 2; c++) {
       const int j = column + 16 * m + 8 * c;
       const bool inside = V % COLS == 0 || first + j < V;
-      float out = 0, unused;
-      if (length && inside) unpack_input(dy[(i64)(begin + length - 1) * (H * V) + at_column + j], out, unused);
+      float out = 0, raw;
+      if (length && inside) unpack_input(dy[(i64)last * (H * V) + at_column + j], out, unused);
+      if (GATE && length && inside) {
+        unpack_input(output_gate[(i64)last * gate_step + at_column + j], raw, unused);
+        out *= raw * sigmoid(raw);
+      }
       de[m][c] = 0;
 #pragma unroll
-      for (int r = 0; r < ROWS; r++) {
-        float query = 0;
-        if (length) unpack_input(q[(i64)(begin + length - 1) * q_step + at_key + row_of(r, t)], query, unused);
-        G[m][c][r] = (dfinal && inside ? dfinal[(i64)at_state * (K * V) + first + row_of(r, t) * V + j] : 0.f) + query * out;
-      }
+      for (int r = 0; r < ROWS; r++)
+        G[m][c][r] = (dfinal && inside ? dfinal[(i64)at_state * (K * V) + first + row_of(r, t) * V + j] : 0.f) +
+                     query[r] * scale * out;
     }
+#if FUSED
+  if (tid < SEGMENT) sm[tid].dA_log = sm[tid].ddt_bias = 0;
+#endif
 
   u32 address[TILES], half_address[TILES];
 #pragma unroll
@@ -137,7 +171,7 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
   // What the next segment needs is loaded while this one is written out. Keys go to the first warps, columns to the last.
   const int segments = (length + SEGMENT - 1) / SEGMENT;
   uint4 next_key[KEY_TASKS], next_query[KEY_TASKS];
-  Columns next_e[VALUE_TASKS], next_dy[VALUE_TASKS];
+  Columns next_e[VALUE_TASKS], next_dy[VALUE_TASKS], next_gate[VALUE_TASKS], next_y[VALUE_TASKS];
   u32 next_state[TILES][2][ROWS / 2];
   float next_decay = 0, next_beta = 0;
   auto fetch_state = [&](int segment) {
@@ -170,10 +204,17 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
       const u16* dy_at = dy + (i64)(begin + s0 + s - 1) * (H * V) + at_column + j;
       next_e[n] = {load_8(e_at, low && here), load_8(e_at + 8, high && here)};
       next_dy[n] = {load_8(dy_at, low && before), load_8(dy_at + 8, high && before)};
+      if (GATE) {
+        const element* gate_at = output_gate + (i64)(begin + s0 + s - 1) * gate_step + at_column + j;
+        const element* y_at = ungated + (dy_at - dy);
+        next_gate[n] = {load_8(gate_at, low && before), load_8(gate_at + 8, high && before)};
+        next_y[n] = {load_8(y_at, low && before), load_8(y_at + 8, high && before)};
+      }
     }
     if (tid < steps) {
-      next_decay = g[(i64)(begin + s0 + tid) * H + head];
-      if (BETA) next_beta = beta[(i64)(begin + s0 + tid) * H + head];
+      const i64 at = (i64)(begin + s0 + tid) * scalar_step + head;
+      next_decay = load_head_scalar(g + at);
+      if (BETA) next_beta = load_head_scalar(beta + at);
     }
     if (EARLY) fetch_state(segment);
   };
@@ -186,9 +227,10 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
     for (int n = 0; n < KEY_TASKS; n++) {
       const int x = tid + n * THREADS, s = x / ROW_LANES, i = x % ROW_LANES * 8;
       if ((x & ~31) >= SEGMENT * ROW_LANES) break;
+      const uint4 key = bf16_row(next_key[n]), query = bf16_row(next_query[n]);
       if (x < SEGMENT * ROW_LANES && i < K) {
-        store_halves(sm[s].k, i, as_bf16(next_key[n]));
-        store_pairs(sm[s].kq, i, as_bf16(next_key[n]), as_bf16(next_query[n]));
+        store_halves(sm[s].k, i, key);
+        store_pairs(sm[s].kq, i, key, query);
       }
     }
 #pragma unroll
@@ -197,9 +239,26 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
       if (x >= (SEGMENT + 1) * COLS / 16) break;
       store_words(sm[s].e[0][j], {leading_part(next_e[n].low), leading_part(next_e[n].high)});
       store_words(sm[s].e[1][j], {rest_part(next_e[n].low), rest_part(next_e[n].high)});
-      store_words(sm[s].dy[j], {as_bf16(next_dy[n].low), as_bf16(next_dy[n].high)});
+      if (GATE) {
+        Columns gate = next_gate[n];
+        store_words(sm[s].dy[j], {gate_gradients(next_dy[n].low, next_y[n].low, gate.low),
+                                  gate_gradients(next_dy[n].high, next_y[n].high, gate.high)});
+        // The first row belongs to the segment before, which writes it.
+        element* to = dgate + (i64)(begin + s0 + s - 1) * row_step + at_column + 16 * j;
+        if (s > 0 && s <= steps && (V % COLS == 0 || first + 16 * j < V)) store_8(to, gate.low);
+        if (s > 0 && s <= steps && (V % COLS == 0 || first + 16 * j + 8 < V)) store_8(to + 8, gate.high);
+      } else {
+        store_words(sm[s].dy[j], {as_bf16(next_dy[n].low), as_bf16(next_dy[n].high)});
+      }
     }
-    if (tid < SEGMENT) sm[tid].decay = expf(next_decay), sm[tid].beta = next_beta;
+    if (tid < SEGMENT) {
+      const Decay decay(A_log, dt_bias, head);
+      const float log_decay = decay.log(next_decay);
+      sm[tid].decay = expf(log_decay), sm[tid].beta = write_gate(next_beta);
+#if FUSED
+      sm[tid].log_decay = log_decay, sm[tid].slope = decay.slope(next_decay);
+#endif
+    }
 #pragma unroll
     for (int m = 0; m < TILES; m++)
 #pragma unroll
@@ -322,41 +381,69 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
       if (BETA && !odd) step.dot[BETA][tid / 2] = dot_beta;
     }
     if (segment == 0) finish_keys(-1);
+    int tid = threadIdx.x;
+    opaque(tid);
+    // Where a lane of line p writes: row s of dk or, one token earlier, of dq.
+    auto line_row = [&](int p, int& s, int& is_key, int& i) {
+      s = p / LINE % SEGMENT + 1, is_key = p / LINE / SEGMENT, i = p % LINE * 8;
+      return p < LINES && i < K && s <= steps && (!is_key || s0 + s < length);
+    };
+    uint4 raw_row[LINE_TASKS], raw_first, raw_values[PIECE_TASKS];
+    auto raw_at = [&](int s, int is_key, int i, bool inside) {
+      return load_8((is_key ? k : q) + (i64)(begin + s0 + s - !is_key) * (is_key ? k_step : q_step) + at_key + i, inside);
+    };
+    if (RAW_ROWS) {
+#pragma unroll
+      for (int n = 0; n < LINE_TASKS; n++) {
+        int s, is_key, i;
+        const bool inside = line_row(tid + n * THREADS, s, is_key, i);
+        raw_row[n] = raw_at(s, is_key, i, inside);
+      }
+      raw_first = raw_at(0, 1, tid % LINE * 8, segment == 0 && tid % LINE * 8 < K);
+    }
+    if (FUSED)
+#pragma unroll
+      for (int n = 0; n < PIECE_TASKS; n++) {
+        const int p = THREADS - 1 - tid + n * THREADS, s = p / (COLS / 8), j = p % (COLS / 8) * 8;
+        raw_values[n] = load_8(v + (i64)(begin + s0 + s) * v_step + at_column + j,
+                               p < PIECES && s < steps && (V % COLS == 0 || first + j < V));
+      }
     if (segment > 0) fetch(segment - 1);
     __syncthreads();
 
-    int tid = threadIdx.x;
-    opaque(tid);
     // Rows 1 to SEGMENT of dq and dk, then row 0 of dk, which only the first segment finishes itself.
-    auto store_row = [&](int s, int is_key, int i, bool inside) {
-      float sum[8];
+    auto store_row = [&](int s, int is_key, int i, bool inside, uint4 raw) {
+      float sum[8] = {};
 #pragma unroll
       for (int w = 0; w < WARPS; w++) {
+        if (LINE * 8 > K && i >= K) break;
         const float4* p = (const float4*)&sm[s].partial[w][is_key][i];
         const float part[8] = {p[0].x, p[0].y, p[0].z, p[0].w, p[1].x, p[1].y, p[1].z, p[1].w};
 #pragma unroll
         for (int n = 0; n < 8; n++) sum[n] = w ? sum[n] + part[n] : part[n];
       }
-      if (inside) store_sum((is_key ? dk : dq) + (i64)(at_part + s0 + s - !is_key) * (H * K) + at_key + i, sum);
+      if (RAW_ROWS) raw_row_gradient(sum, raw);
+      const int step = RAW_ROWS ? row_step : H * K;
+      if (inside) store_sum((is_key ? dk : dq) + (i64)(at_part + s0 + s - !is_key) * step + at_key + i, sum);
     };
-    constexpr int LINES = 2 * SEGMENT * K / 8;
 #pragma unroll
-    for (int n = 0; n < (LINES + THREADS - 1) / THREADS; n++) {
-      const int p = tid + n * THREADS, line = p / (K / 8), s = line % SEGMENT + 1, is_key = line / SEGMENT;
-      if (LINES % THREADS == 0 || p < LINES)
-        store_row(s, is_key, p % (K / 8) * 8, s <= steps && (!is_key || s0 + s < length));
+    for (int n = 0; n < LINE_TASKS; n++) {
+      int s, is_key, i;
+      const bool inside = line_row(tid + n * THREADS, s, is_key, i);
+      if (LINES % THREADS == 0 || tid + n * THREADS < LINES) store_row(s, is_key, i, inside, raw_row[n]);
     }
-    if (segment == 0 && tid < K / 8) store_row(0, 1, 8 * tid, true);
-    constexpr int PIECES = SEGMENT * COLS / 8;
+    if (segment == 0 && tid < 32) store_row(0, 1, tid % LINE * 8, tid < LINE && tid % LINE * 8 < K, raw_first);
 #pragma unroll
-    for (int n = 0; n < (PIECES + THREADS - 1) / THREADS; n++) {
+    for (int n = 0; n < PIECE_TASKS; n++) {
       const int p = THREADS - 1 - tid + n * THREADS, s = p / (COLS / 8), j = p % (COLS / 8) * 8;
       if (p >= PIECES) break;
       const uint4 a = *(const uint4*)sm[s].e[1][j / 16], b = *(const uint4*)(sm[s].e[1][j / 16] + 4);
       const u32 half = j % 16 ? 0x7632 : 0x5410;
+      uint4 gradient = make_uint4(__byte_perm(a.x, a.y, half), __byte_perm(a.z, a.w, half), __byte_perm(b.x, b.y, half),
+                                  __byte_perm(b.z, b.w, half));
+      if (FUSED) gradient = raw_gradient(gradient, raw_values[n]);
       if (s < steps && (V % COLS == 0 || first + j < V))
-        store_16_bytes(dv + (i64)(begin + s0 + s) * (H * V) + at_column + j, __byte_perm(a.x, a.y, half), __byte_perm(a.z, a.w, half),
-                       __byte_perm(b.x, b.y, half), __byte_perm(b.z, b.w, half));
+        store_8(dv + (i64)(begin + s0 + s) * dv_step + at_column + j, gradient);
     }
     // Eight lanes a step; all lanes of a warp take part in the sums.
 #pragma unroll
@@ -373,12 +460,32 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
         }
 #pragma unroll
         for (int mask = 1; mask < 8; mask *= 2) sum += __shfl_xor_sync(ALL, sum, mask);
-        if (p / 8 < steps && p % 8 == 0) (which ? dbeta : dg)[(i64)(at_part + s0 + s) * H + head] = which ? sum : sm[s].decay * sum;
+        if (p / 8 >= steps || p % 8) continue;
+        float value = which ? sum : sm[s].decay * sum;
+#if FUSED
+        if (which) {
+          value *= sm[s].beta * (1 - sm[s].beta);
+        } else {
+          sm[s].dA_log += value * sm[s].log_decay;
+          value *= sm[s].slope;
+          sm[s].ddt_bias += value;
+        }
+#endif
+        store_sum((which ? dbeta : dg) + (i64)(at_part + s0 + s) * dscalar_step + head, value);
       }
     }
     __syncthreads();
   }
 
+#if FUSED
+  __syncthreads();
+  if (dvectors && tid < 2) {
+    float sum = 0;
+    for (int s = 0; s < SEGMENT; s++) sum += tid ? sm[s].ddt_bias : sm[s].dA_log;
+    const int rows = gridDim.x / H;
+    dvectors[(i64)(tid * rows + sequence * SPLITS + split) * H + head] = sum;
+  }
+#endif
   if (dinitial) {
     int tid = threadIdx.x;
     opaque(tid);

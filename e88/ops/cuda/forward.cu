@@ -2,6 +2,7 @@
 // before every SEGMENT-th step. Sizes, letters and the lane layout are those of tile.cuh.
 #include "tile.cuh"
 #include "rows16.cuh"
+#include "edges.cuh"
 
 static_assert(CHUNK % SEGMENT == 0, "a chunk is whole segments");
 constexpr int KEY_TASKS = (CHUNK * ROW_LANES + THREADS - 1) / THREADS;
@@ -18,14 +19,19 @@ struct Step {
 
 // Tokens are counted through the whole batch: sequence n is tokens n * T to (n + 1) * T, or ends[n] to ends[n + 1].
 // q, k, v: rows of H * K or H * V elements, consecutive tokens q_step, k_step, v_step elements apart.
-// g (log decay) and beta: [tokens, H]. y: [tokens, H, V]. States: [N, H, K, V]; null for zero or not wanted.
+// g (log decay) and beta: [tokens, H], rows scalar_step apart. y: [tokens, H, V]. States: [N, H, K, V]; null for zero or
+// not wanted.
 // written: e_t as fp16, [tokens, H, V]; with checkpoints: [tokens / SEGMENT + N, H, V, K], both only if SAVE; sequence n
 // begins at row begin / SEGMENT + n.
+// If FUSED: q, k, v, g and beta are raw (edges.cuh), with A_log and dt_bias [H] or null where g is the log decay. If GATE:
+// y is gated by rows gate_step apart; ungated: y before that, if SAVE.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 e88_forward(const element* __restrict__ q, const element* __restrict__ k, const element* __restrict__ v,
-            const float* __restrict__ g, const float* __restrict__ beta, const float* __restrict__ initial_state,
+            const head_scalar* __restrict__ g, const head_scalar* __restrict__ beta, const float* __restrict__ initial_state,
             const i64* __restrict__ ends, element* __restrict__ y, float* __restrict__ final_state,
-            u16* __restrict__ written, u16* __restrict__ checkpoints, int q_step, int k_step, int v_step, int T, int H) {
+            u16* __restrict__ written, u16* __restrict__ checkpoints, const float* __restrict__ A_log,
+            const float* __restrict__ dt_bias, const element* __restrict__ output_gate, element* __restrict__ ungated,
+            int q_step, int k_step, int v_step, int scalar_step, int gate_step, int T, int H) {
   // One step more than is filled: a loop looks one step ahead, and drops what it made of the last.
   __shared__ __align__(16) Step sm[CHUNK + 1];
   const int tid = threadIdx.x, lane = tid & 31, group = lane >> 2, t = lane & 3;
@@ -38,9 +44,12 @@ e88_forward(const element* __restrict__ q, const element* __restrict__ k, const 
   q += begin * q_step + head * K;
   k += begin * k_step + head * K;
   v += begin * v_step + head * V + first;
-  g += begin * H + head;
-  if (BETA) beta += begin * H + head;
+  g += begin * scalar_step + head;
+  if (BETA) beta += begin * scalar_step + head;
   y += (begin * H + head) * V + first;
+  if (GATE) output_gate += begin * gate_step + head * V + first;
+  if (GATE && SAVE) ungated += (begin * H + head) * V + first;
+  const Decay decay(A_log, dt_bias, head);
   if (SAVE) written += (begin * H + head) * V + first;
   if (SAVE) checkpoints += ((begin / SEGMENT + sequence) * H + head) * K * V + (i64)first * K;
 
@@ -78,8 +87,8 @@ e88_forward(const element* __restrict__ q, const element* __restrict__ k, const 
       next_v[n].high = load_8(v + (i64)s * v_step + j + 8, inside && (V % COLS == 0 || first + j + 8 < V));
     }
     if (tid < CHUNK && s0 + tid < length) {
-      next_decay = g[(i64)(s0 + tid) * H];
-      if (BETA) next_beta = beta[(i64)(s0 + tid) * H];
+      next_decay = load_head_scalar(g + (i64)(s0 + tid) * scalar_step);
+      if (BETA) next_beta = load_head_scalar(beta + (i64)(s0 + tid) * scalar_step);
     }
   };
   fetch(0);
@@ -87,7 +96,7 @@ e88_forward(const element* __restrict__ q, const element* __restrict__ k, const 
 #pragma unroll
     for (int n = 0; n < KEY_TASKS; n++) {
       int x = tid + n * THREADS, s = x / ROW_LANES, i = x % ROW_LANES * 8;
-      float k_inverse = scale_row(next_k[n]), q_inverse = scale_row(next_q[n]);
+      float k_inverse = fp16_row(next_k[n]), q_inverse = fp16_row(next_q[n]);
       if (x < CHUNK * ROW_LANES && i < K) {
         *(uint4*)(sm[s].kq + pair_at(0, i)) = next_k[n];
         *(uint4*)(sm[s].kq + pair_at(1, i)) = next_q[n];
@@ -97,10 +106,21 @@ e88_forward(const element* __restrict__ q, const element* __restrict__ k, const 
 #pragma unroll
     for (int n = 0; n < VALUE_TASKS; n++) {
       int x = tid + n * THREADS;
-      if (CHUNK * COLS / 16 % THREADS == 0 || x < CHUNK * COLS / 16) store_words(sm[x / (COLS / 16)].v[x % (COLS / 16)], next_v[n]);
+      if (CHUNK * COLS / 16 % THREADS == 0 || x < CHUNK * COLS / 16)
+        store_words(sm[x / (COLS / 16)].v[x % (COLS / 16)], {activated(next_v[n].low), activated(next_v[n].high)});
     }
-    if (tid < CHUNK) sm[tid].scalars.x = expf(next_decay), sm[tid].scalars.w = next_beta;
+    if (tid < CHUNK) sm[tid].scalars.x = expf(decay.log(next_decay)), sm[tid].scalars.w = write_gate(next_beta);
     __syncthreads();
+    Columns gates[VALUE_TASKS];
+    if (GATE)
+#pragma unroll
+      for (int n = 0; n < VALUE_TASKS; n++) {
+        int x = tid + n * THREADS, s = s0 - 1 + x / (COLS / 16), j = x % (COLS / 16) * 16;
+        const element* from = output_gate + (i64)s * gate_step + j;
+        bool inside = x < CHUNK * COLS / 16 && s >= 0 && s < length;
+        gates[n] = {load_8(from, inside && (V % COLS == 0 || first + j < V)),
+                    load_8(from + 8, inside && (V % COLS == 0 || first + j + 8 < V))};
+      }
     if (s0 + CHUNK <= length) fetch(s0 + CHUNK);
 
     const int steps = min(CHUNK, length - s0);
@@ -128,7 +148,8 @@ e88_forward(const element* __restrict__ q, const element* __restrict__ k, const 
         u32 packed[ROWS / 2];
         float key[ROWS];
         Step& step = sm[s];
-        const float4 scalar = step.scalars;
+        float4 scalar = step.scalars;
+        if (FUSED) scalar.y = scalar.z = 1;
         load_pairs(packed, step.kq, 0, t);
         unpack_rows(key, packed);
         load_pairs(x, sm[s + 1].kq, group & 1, t);
@@ -170,9 +191,15 @@ e88_forward(const element* __restrict__ q, const element* __restrict__ k, const 
       }
       if (s < 0) continue;
       Columns out = load_words(sm[x / (COLS / 16)].y[x % (COLS / 16)]);
-      element* to = y + (i64)s * (H * V) + j;
-      if (V % COLS == 0 || first + j < V) store_8(to, out.low);
-      if (V % COLS == 0 || first + j + 8 < V) store_8(to + 8, out.high);
+      const bool low = V % COLS == 0 || first + j < V, high = V % COLS == 0 || first + j + 8 < V;
+      const i64 at = (i64)s * (H * V) + j;
+      if (GATE) {
+        if (SAVE && low) store_8(ungated + at, out.low);
+        if (SAVE && high) store_8(ungated + at + 8, out.high);
+        out = {gated(out.low, gates[n].low), gated(out.high, gates[n].high)};
+      }
+      if (low) store_8(y + at, out.low);
+      if (high) store_8(y + at + 8, out.high);
     }
   }
 

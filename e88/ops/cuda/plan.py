@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+
+
+class Edges(NamedTuple):
+    """What the kernels do around the recurrence: all of it if `fused`; with an output gate; with 16-bit a and b."""
+
+    fused: bool = False
+    gate: bool = False
+    narrow: bool = False
+
+
+NO_EDGES = Edges()
 
 
 @dataclass(frozen=True)
@@ -32,6 +44,7 @@ class Plan:
     backward_blocks: int
     replay: int = 1
     walk: int = 1
+    edges: Edges = NO_EDGES
 
     @property
     def precise(self) -> bool:
@@ -41,6 +54,14 @@ class Plan:
     @property
     def splits(self) -> int:
         return -(-self.V // self.cols)
+
+    @property
+    def row_lanes(self) -> int:
+        """Lanes that share a row of K elements in the kernels' staging, eight elements each."""
+        lanes = 1
+        while 8 * lanes < self.K:
+            lanes *= 2
+        return lanes
 
     def threads(self, backward: bool) -> int:
         return 2 * self.cols // (self.tiles if backward else self.forward_tiles)
@@ -63,7 +84,7 @@ class Plan:
             return 4 * words + (self.segment + 1) * tile
         pieces = self.K // 8 if self.K in (16, 32, 64, 128) else self.K // 8 | 1
         tile = -(-self.cols * 16 * pieces // 256) * 256
-        step = 3 * self.K // 2 + 3 * self.cols // 2 + 4 + partial + dots // 2
+        step = 3 * self.K // 2 + 3 * self.cols // 2 + (8 if self.edges.fused else 4) + partial + dots // 2
         return (self.segment + 1) * (4 * step + tile)
 
     def defines(self, backward: bool, save: bool = True) -> dict[str, int]:
@@ -82,6 +103,9 @@ class Plan:
             "SAVE": int(save),
             "REPLAY": self.replay,
             "WALK": self.walk,
+            "FUSED": int(self.edges.fused),
+            "GATE": int(self.edges.gate),
+            "NARROW": int(self.edges.narrow),
         }
 
 
@@ -97,6 +121,7 @@ def make_plan(
     beta: bool,
     heads: int = FEW_HEADS + 1,
     limit: int = HOPPER_SHARED_BYTES,
+    edges: Edges = NO_EDGES,
 ) -> Plan:
     """The sizes for one shape of state, where a block may use `limit` bytes of shared memory.
 
@@ -117,6 +142,7 @@ def make_plan(
             plan = Plan(K, V, dtype, tanh, beta, cols, 1, 8, 16, 1, 1, 2, 4)
         else:
             plan = Plan(K, V, dtype, tanh, beta, cols, 1, 4, 8, 1, 1, 2, 2)
+        plan = replace(plan, edges=edges)
         if plan.shared_bytes <= limit or plan.cols == 16:
             return plan
         cols = plan.cols // 2

@@ -6,14 +6,17 @@ Letters as in `e88.ops.contract`; `tokens` is B * T. `tile.cuh` says how the ker
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from e88.ops.cuda.compile import Kernel, compile_cubin
-from e88.ops.cuda.plan import Plan, make_plan
+from e88.ops.cuda.fused import fused_forward
+from e88.ops.cuda.launch import checkpoint_rows, launch, plan_for, resources, rows
+from e88.ops.cuda.plan import NO_EDGES, Plan
+from e88.ops.edges import composed
+
+__all__ = ["resources", "run", "run_fused"]
 
 
 def run(
@@ -32,71 +35,53 @@ def run(
         y, state = run(q.float(), k.float(), v.float(), g, beta, initial_state, cu_seqlens, activation)
         return y.to(v.dtype), state
     floats = [None if x is None else x.float() for x in (g, beta, initial_state)]
-    ends = None if cu_seqlens is None else cu_seqlens.to(device=v.device, dtype=torch.int64)
-    given = [x for x in (q, k, v, *floats) if x is not None]
-    save = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    y, final_state, _, _ = _forward(q, k, v, *floats, ends, activation == "tanh", save)
+    save = _needs_gradient(q, k, v, *floats)
+    y, final_state, _, _ = _forward(q, k, v, *floats, _ends(cu_seqlens, v), activation == "tanh", save)
     return y, final_state
 
 
+def run_fused(
+    qkv: Tensor,
+    a: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    b: Tensor | None,
+    gate: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    activation: str,
+    sizes: tuple[int, int, int],
+) -> tuple[Tensor, Tensor]:
+    """The backend's own `fused_tanh_delta_rule`; what the float32 kernels serve is composed."""
+    if qkv.dtype == torch.float32 or activation != "tanh":
+        return composed(
+            run, qkv, a, A_log, dt_bias, b, gate, initial_state, cu_seqlens, activation, sizes
+        )  # fmt: skip
+    if a.dtype != qkv.dtype or (b is not None and b.dtype != qkv.dtype):
+        a, b = a.float(), None if b is None else b.float()
+    floats = [None if x is None else x.float() for x in (A_log, dt_bias, initial_state)]
+    save = _needs_gradient(qkv, a, *floats, b, gate)
+    y, final_state, *_ = fused_forward(
+        qkv, a, floats[0], floats[1], b, gate, floats[2], _ends(cu_seqlens, qkv), *sizes, save
+    )
+    return y, final_state
+
+
+def _ends(cu_seqlens: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if cu_seqlens is None else cu_seqlens.to(device=like.device, dtype=torch.int64)
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def _plan(k: Tensor, v: Tensor, beta: Tensor | None, ends: Tensor | None, tanh: bool) -> Plan:
-    sequences = v.shape[0] if ends is None else ends.shape[0] - 1
-    limit = _shared_bytes(v.device.index or 0)
-    return make_plan(k.shape[-1], v.shape[-1], v.dtype, tanh, beta is not None, sequences * v.shape[2], limit)
+    sizes = (v.shape[2], k.shape[-1], v.shape[-1])
+    return plan_for(v, _sequences(v, ends), sizes, tanh, beta is not None, NO_EDGES)
 
 
-@cache
-def _shared_bytes(device: int) -> int:
-    # Missing from torch's stubs.
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]
-
-
-@cache
-def _kernel(kernel: str, device: int, plan: Plan, save: bool) -> Kernel:
-    major, minor = torch.cuda.get_device_capability(device)
-    backward = kernel == "backward"
-    name = f"{kernel}_float" if plan.precise else kernel
-    code = compile_cubin(name, f"sm_{major}{minor}", plan.defines(backward, save))
-    return Kernel(code, f"e88_{kernel}", device, plan.shared_bytes if backward else 0)
-
-
-# The kernel of each direction that was launched last.
-_launched: dict[str, Kernel] = {}
-
-
-def resources() -> dict[str, dict[str, int]]:
-    """Registers and spilled bytes of a thread in the kernels launched last, "forward" and "backward"."""
-    return {direction: kernel.resources() for direction, kernel in _launched.items()}
-
-
-def _launch(
-    kernel: str, plan: Plan, save: bool, like: Tensor, sequences: int, heads: int, arguments: list[Any]
-) -> None:
-    device = like.device.index
-    with torch.cuda.device(device):
-        stream = torch.cuda.current_stream(device).cuda_stream
-        blocks = sequences * heads * plan.splits
-        _launched[kernel] = _kernel(kernel, device, plan, save)
-        _launched[kernel](blocks, plan.threads(kernel == "backward"), stream, arguments)
-
-
-def _pointer(x: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if x is None else x.data_ptr())
-
-
-def _rows(x: Tensor) -> Tensor:
-    """`x` [B, T, H, D] with heads packed, tokens evenly spaced and rows aligned to 16 bytes; a copy only if needed."""
-    B, T, H, D = x.shape
-    even = B == 1 or x.stride(0) == T * x.stride(1)
-    packed = x.stride(3) == 1 and (H == 1 or x.stride(2) == D)
-    aligned = x.data_ptr() % 16 == 0 and x.stride(1) * x.element_size() % 16 == 0
-    return x if even and packed and aligned else x.contiguous(memory_format=torch.contiguous_format).clone()
-
-
-def _checkpoint_shape(k: Tensor, v: Tensor, ends: Tensor | None, plan: Plan) -> tuple[int, int, int, int]:
-    B, T, H, V = v.shape
-    sequences = B if ends is None else ends.shape[0] - 1
-    return B * T // plan.segment + sequences, H, V, k.shape[-1]
+def _sequences(v: Tensor, ends: Tensor | None) -> int:
+    return v.shape[0] if ends is None else ends.shape[0] - 1
 
 
 @torch.library.custom_op("e88::cuda_forward", mutates_args=(), device_types="cuda")
@@ -116,13 +101,15 @@ def _forward(
         return y, final_state, checkpoints, written
     B, T, H, _ = v.shape
     plan = _plan(k, v, beta, ends, tanh)
-    rows = [_rows(x) for x in (q, k, v)]
+    operands = [rows(x) for x in (q, k, v)]
     rest = [None if x is None else x.contiguous() for x in (g, beta, initial_state, ends)]
     saved = [checkpoints] if plan.precise else [written, checkpoints]
-    arguments: list[Any] = [_pointer(x) for x in (*rows, *rest, y, final_state)]
-    arguments += [_pointer(x if save else None) for x in saved]
-    arguments += [ctypes.c_int(n) for n in (*(x.stride(1) for x in rows), T, H)]
-    _launch("forward", plan, save, v, final_state.shape[0], H, arguments)
+    pointers = [*operands, *rest, y, final_state, *(x if save else None for x in saved)]
+    numbers = [x.stride(1) for x in operands]
+    if not plan.precise:
+        pointers, numbers = [*pointers, None, None, None, None], [*numbers, H, 0]
+    grid = final_state.shape[0] * H * plan.splits, plan.threads(False)
+    launch("forward", plan, save, v.device, grid, pointers, [*numbers, T, H])
     return y, final_state, checkpoints, written
 
 
@@ -139,12 +126,12 @@ def _forward_fake(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, T, H, V = v.shape
-    sequences = B if ends is None else ends.shape[0] - 1
+    sequences, K = _sequences(v, ends), k.shape[-1]
     plan = _plan(k, v, beta, ends, tanh)
     y = v.new_empty(B, T, H, V)
-    final_state = v.new_empty(sequences, H, k.shape[-1], V, dtype=torch.float32)
-    shape = _checkpoint_shape(k, v, ends, plan) if save else (0, H, V, k.shape[-1])
-    checkpoints = v.new_empty(shape, dtype=plan.saved_dtype)
+    final_state = v.new_empty(sequences, H, K, V, dtype=torch.float32)
+    kept = checkpoint_rows(plan, B * T, sequences) if save else 0
+    checkpoints = v.new_empty(kept, H, V, K, dtype=plan.saved_dtype)
     # The 16-bit kernels leave e_t = v_t - S_{t-1}^T k_t for the way back; the float32 kernels make it again from v.
     written = v.new_empty(B, T if save and not plan.precise else 0, H, V, dtype=torch.float16)
     return y, final_state, checkpoints, written
@@ -165,26 +152,28 @@ def _backward(
     need_initial: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     B, T, H, V = dy.shape
-    sequences = B if ends is None else ends.shape[0] - 1
+    sequences = _sequences(dy, ends)
     plan = _plan(k, dy, beta, ends, tanh)
     dq, dk, dv, dg, dbeta, dinitial = _backward_fake(
         dy, dfinal, q, k, values, g, beta, ends, checkpoints, tanh, need_initial
     )
     if sequences * H == 0:
         return dq, dk, dv, dg, dbeta, dinitial
-    rows = [_rows(q), _rows(k), _rows(values) if plan.precise else values]
+    operands = [rows(q), rows(k), rows(values) if plan.precise else values]
     rest = [None if x is None else x.contiguous() for x in (g, beta, ends)]
     sums = [dq, dk, dg, dbeta]
     if plan.splits > 1:
         sums = [x.new_empty(plan.splits, *x.shape, dtype=torch.float32) for x in sums]
     outputs = [sums[0], sums[1], dv, sums[2], sums[3], dinitial if need_initial else None]
     final = None if dfinal is None else dfinal.contiguous()
-    inputs = [*rows, *rest, checkpoints, _rows(dy.contiguous()), final]
-    arguments: list[Any] = [_pointer(x) for x in (*inputs, *outputs)]
-    steps = [ctypes.c_int(x.stride(1)) for x in (rows if plan.precise else rows[:2])]
-    tokens = ctypes.c_int64(B * T) if plan.precise else ctypes.c_int(B * T)
-    arguments += [*steps, tokens, ctypes.c_int(T), ctypes.c_int(H)]
-    _launch("backward", plan, True, dy, sequences, H, arguments)
+    inputs = [*operands, *rest, checkpoints, rows(dy.contiguous()), final]
+    steps: list[int | ctypes.c_int64] = [x.stride(1) for x in (operands if plan.precise else operands[:2])]
+    if plan.precise:
+        pointers, numbers = [*inputs, *outputs], [*steps, ctypes.c_int64(B * T), T, H]
+    else:
+        pointers = [*inputs, *[None] * 5, *outputs, None, None]
+        numbers = [*steps, 0, H, 0, 0, H * V, H, B * T, T, H]
+    launch("backward", plan, True, dy.device, (sequences * H * plan.splits, plan.threads(True)), pointers, numbers)
     if plan.splits > 1:
         for total, parts in zip((dq, dk, dg, dbeta), sums, strict=True):
             torch.sum(parts, 0, out=total) if total.dtype == torch.float32 else total.copy_(parts.sum(0))
@@ -207,7 +196,7 @@ def _backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     B, T, H, V = dy.shape
     K = k.shape[-1]
-    sequences = B if ends is None else ends.shape[0] - 1
+    sequences = _sequences(dy, ends)
     dq, dk = (k.new_empty(B, T, H, K) for _ in range(2))
     dg = g.new_empty(B, T, H)
     dbeta = g.new_empty(0 if beta is None else B, T, H)
