@@ -1,12 +1,13 @@
-"""Speed of a whole training step: E88, the same model without its recurrence, and rivals, in one process.
+"""Speed of a whole training step: E88, the same model without its recurrence, its rivals, and their own libraries.
 
     python benchmarks/training.py [PRESET...] [--batch-size 8] [--window 256] [--seconds 3] [--json]
 
 Steps of the models are interleaved, so that a busy machine slows all of them alike; tok/s is the median over rounds.
 "Without its recurrence" keeps every projection, convolution, norm and gate and puts a sum in the recurrence's place; on
 a GPU torch.compile fuses what is left between the projections, so that the ceiling is not lowered by extra passes.
+"In its library alone" is a rival library's own layer in the plainest loop, without this package.
 Peak memory is that of one model's step, without what the other models hold.
-The output ends with a profile of E88's step. No speed is printed for a model whose recurrence fails its check.
+The output ends with a profile of the first model's step. No speed is printed for a model whose layer fails its check.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from collections.abc import Callable
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from e88 import runtime
+from e88.layers import accuracy
 from e88.layers import e88 as layer
-from e88.models.config import E88Config, ModelConfig
+from e88.layers.mixer import rival_libraries
+from e88.models.config import E88Config, GatedDeltaNetConfig, Mamba2Config, ModelConfig
 from e88.models.lm import LanguageModel
 from e88.ops import record_backends
 from e88.ops.accuracy import TOLERANCE, Shape, check, worst
@@ -55,6 +59,50 @@ def without_recurrence(
     return composed(no_recurrence, qkv, a, A_log, dt_bias, b, gate, None, None, "tanh", sizes)
 
 
+class LibraryModel(nn.Module):
+    """A rival library's own layers, each behind a norm, added to the residual stream; embedding tied with the head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.layers = nn.ModuleList(library_layer(config) for _ in range(config.depth))
+        self.norms = nn.ModuleList(nn.RMSNorm(config.dim, eps=1e-5) for _ in range(config.depth + 1))
+
+    def nll(self, windows: Tensor) -> Tensor:
+        h = self.embedding(windows[:, :-1])
+        for norm, mixer in zip(self.norms, self.layers, strict=False):
+            y = mixer(norm(h))
+            h = h + (y[0] if isinstance(y, tuple) else y)
+        logits = F.linear(self.norms[-1](h), self.embedding.weight).float()
+        return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+
+
+def library_layer(config: ModelConfig) -> nn.Module:
+    """The layer of the rival's library with the sizes of this model's mixer."""
+    c = config.mixer
+    if isinstance(c, GatedDeltaNetConfig):
+        from fla.layers import GatedDeltaNet
+
+        return GatedDeltaNet(
+            config.dim, expand_v=c.expand_v, head_dim=c.head_dim, num_heads=c.n_heads, use_gate=c.gate,
+            use_short_conv=c.conv > 0, conv_size=c.conv,
+        )  # fmt: skip
+    assert isinstance(c, Mamba2Config)
+    from mamba_ssm import Mamba2
+
+    return Mamba2(
+        config.dim, d_state=c.d_state, d_conv=c.conv, expand=c.expand, headdim=c.head_dim, ngroups=c.n_groups,
+        chunk_size=c.chunk,
+    )  # fmt: skip
+
+
+def library_of(config: ModelConfig, device: torch.device) -> str | None:
+    """The name of the library whose own layer can be timed here beside ours, or None."""
+    name = {"gated_deltanet": "fla", "mamba2": "mamba-ssm"}.get(config.mixer.kind)
+    return name if name and device.type == "cuda" and rival_libraries()[name].startswith("ready") else None
+
+
 class Step:
     """One model with its optimiser, ready to take training steps on random tokens.
 
@@ -62,13 +110,20 @@ class Step:
     """
 
     def __init__(
-        self, config: ModelConfig, batch: int, window: int, device: torch.device, operator: Callable | None = None
+        self,
+        model: type[nn.Module],
+        config: ModelConfig,
+        batch: int,
+        window: int,
+        device: torch.device,
+        operator: Callable | None = None,
     ) -> None:
         torch.manual_seed(0)
         self.device, self.tokens = device, batch * window
         self.operator = operator or layer.fused_tanh_delta_rule
         held = allocated(device)
-        self.model = LanguageModel(config).to(device).train()
+        with device:
+            self.model = model(config).train()
         self.training = TrainingConfig(budget=Budget(steps=1))
         self.optimizer = Optimizer(self.model, self.training)
         self.windows = torch.randint(config.vocab_size, (batch, window + 1), device=device)
@@ -153,6 +208,8 @@ def main() -> int:
 
     steps: dict[str, Step] = {}
     errors: dict[str, float] = {}
+    checks: dict[str, accuracy.Verdict] = {}
+    alone: dict[str, str] = {}
     used: set[str] = set()
     bare = torch.compile(without_recurrence) if device.type == "cuda" else without_recurrence
     for name in options.presets:
@@ -162,12 +219,20 @@ def main() -> int:
             if not errors[name] <= TOLERANCE[dtype]:
                 print(f"{name}: recurrence is wrong (relative error {errors[name]:.1e}); no speed is reported")
                 return 1
-        sizes = (options.batch_size, options.window, device)
+        found = checks[name] = accuracy.check(config, device, dtype, tune=(options.batch_size, options.window))
+        if not found.ok:
+            print(f"{name}: its layer is wrong ({found.tensor} off by {found.error:.1e}); no speed is reported")
+            return 1
+        sizes = (config, options.batch_size, options.window, device)
         with record_backends() as backends:
-            steps[name] = Step(config, *sizes)
+            steps[name] = Step(LanguageModel, *sizes)
         used |= backends
         if isinstance(config.mixer, E88Config):
-            steps[f"{name} without its recurrence"] = Step(config, *sizes, bare)
+            steps[f"{name} without its recurrence"] = Step(LanguageModel, *sizes, bare)
+        library = library_of(config, device)
+        if library:
+            alone[name] = f"{name} in {library} alone"
+            steps[alone[name]] = Step(LibraryModel, *sizes)
     seconds = measure(steps, options.seconds, device)
     rows = {name: {"ms": s * 1e3, "tokens_per_second": steps[name].tokens / s} for name, s in seconds.items()}
     for name, step in steps.items():
@@ -175,7 +240,11 @@ def main() -> int:
     for name in errors:
         rows[name]["recurrence_error"] = errors[name]
         rows[name]["share_of_ceiling"] = seconds[f"{name} without its recurrence"] / seconds[name]
-    table = profile_table(steps[next(iter(errors))]) if errors else []
+    for name, found in checks.items():
+        rows[name]["layer_check"] = {"tensor": found.tensor, "error": found.error, "backends": found.backends}
+    for name, other in alone.items():
+        rows[name]["share_of_library"] = seconds[other] / seconds[name]
+    table = profile_table(steps[options.presets[0]])
     environment = runtime.environment(device, sorted(used))
     shape = {"batch_size": options.batch_size, "window": options.window}
     if options.json:
@@ -185,11 +254,12 @@ def main() -> int:
     for name, row in rows.items():
         share = f"  {row['share_of_ceiling']:.0%} of the ceiling" if "share_of_ceiling" in row else ""
         peak = f"  {row['peak_bytes'] / 2**30:.1f} GiB" if row["peak_bytes"] else ""
+        if "share_of_library" in row:
+            share = f"  {row['share_of_library']:.0%} of its library alone"
         print(f"{name:<40} {row['ms']:8.1f} ms  {row['tokens_per_second']:10,.0f} tok/s{peak}{share}")
-    if table:
-        print(f"\nprofile of a step of {next(iter(errors))}")
-        for row in table:
-            print(f"{row['share']:6.1%} {row['ms']:8.2f} ms  x{row['calls']:<5} {row['operation'][:80]}")
+    print(f"\nprofile of a step of {options.presets[0]}")
+    for row in table:
+        print(f"{row['share']:6.1%} {row['ms']:8.2f} ms  x{row['calls']:<5} {row['operation'][:80]}")
     return 0
 
 

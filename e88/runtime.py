@@ -32,7 +32,8 @@ PEAK_BF16_FLOPS = {
     "MI300X": 1307e12,
 }
 PACKAGES = ("torch", "numpy", "numba", "triton", "safetensors", "schedulefree", "transformers", "tokenizers",
-            "fla-core", "mamba-ssm", "cuda-bindings", "tensorboard", "matplotlib", "jinja2")  # fmt: skip
+            "fla-core", "tilelang", "mamba-ssm", "causal-conv1d", "cuda-bindings", "tensorboard", "matplotlib",
+            "jinja2")  # fmt: skip
 
 
 @cache

@@ -5,6 +5,8 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
@@ -32,6 +34,7 @@ def test_training_reports_the_share_of_the_ceiling_and_a_profile(monkeypatch, ca
     assert code == 0
     assert result["models"]["tiny-e88"]["share_of_ceiling"] > 0
     assert result["environment"]["backends"] == ["numba"]
+    assert result["models"]["tiny-e88"]["layer_check"]["backends"] == ["numba"]
     assert any("Recurrence" in row["operation"] for row in result["profile"])
 
 
@@ -42,3 +45,17 @@ def test_training_reports_no_speed_for_a_wrong_kernel(monkeypatch, capsys):
     monkeypatch.setattr(cpu, "run", lambda *a: (right(*a)[0] * 1.001, right(*a)[1]))
     code, out = run("training", monkeypatch, capsys, *SMALL)
     assert code == 1 and "no speed is reported" in out and "tok/s" not in out
+
+
+def test_training_reports_no_speed_for_a_wrong_rival(monkeypatch, capsys):
+    from e88.baselines import gated_deltanet
+
+    right = gated_deltanet.gated_delta_rule
+
+    def wrong(qkv, *rest, **options):
+        y, state = right(qkv, *rest, **options)
+        return (y if qkv.dtype == torch.float64 else y + 0.01 * y.flip(1)), state
+
+    monkeypatch.setattr(gated_deltanet, "gated_delta_rule", wrong)
+    code, out = run("training", monkeypatch, capsys, "tiny-gdn", *SMALL[1:])
+    assert code == 1 and "tiny-gdn: its layer is wrong" in out and "no speed is reported" in out and "tok/s" not in out

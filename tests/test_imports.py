@@ -22,7 +22,7 @@ ALLOWED = {
     "training": {"data", "models", "sizing", "layers", "ops", "runtime"},
     "study": {"training", "sizing", "data", "models", "runtime"},
     "report": {"study.store", "study.statistics", "study.design", "study.judge", "study.verdict"},
-    "cli": {"report", "study", "training", "sizing", "data", "models", "ops", "runtime"},
+    "cli": {"report", "study", "training", "sizing", "data", "models", "layers", "ops", "runtime"},
 }
 HEAVY = {"torch", "numba", "triton", "transformers", "matplotlib", "scipy", "pandas"}
 

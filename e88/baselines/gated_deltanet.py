@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from e88.baselines.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
+from e88.baselines.libraries import PLAIN, choose
 from e88.layers.common import GatedRMSNorm, RMSNorm, ShortConv, decay_parameters, short_conv
 from e88.layers.mixer import Mixer, State
 from e88.models.config import GatedDeltaNetConfig
@@ -21,13 +22,16 @@ class GatedDeltaNet(Mixer):
 
     The decay is exp(-exp(A_log) softplus(W_a x + dt_bias)), the write strength sigmoid(W_b x). Parameters carry the
     names and shapes of `fla.layers.GatedDeltaNet` and start as there (linear maps and convolutions as PyTorch's own),
-    except that exp(A_log) is kept above 0.01, so that no decay parameter starts at minus infinity. The recurrence
-    runs in float32 (float64 for float64 parameters) under any autocast.
+    except that exp(A_log) is kept above 0.01, so that no decay parameter starts at minus infinity.
+
+    `backend`: on a GPU in half precision the library's kernels run (`fla`), else our PyTorch code (`torch`), whose
+    recurrence is float32 (float64 for float64 parameters) under any autocast; `auto` is the library where it serves.
     """
 
-    def __init__(self, dim: int, config: GatedDeltaNetConfig) -> None:
+    def __init__(self, dim: int, config: GatedDeltaNetConfig, *, backend: str = "auto") -> None:
         super().__init__()
         self.config = config
+        self.backend = backend
         heads, k_dim, v_dim = config.n_heads, config.head_dim, config.head_v_dim
         self.widths = (heads * k_dim, heads * k_dim, heads * v_dim)
         self.q_proj = nn.Linear(dim, heads * k_dim, bias=False)
@@ -51,6 +55,8 @@ class GatedDeltaNet(Mixer):
         self, x: Tensor, state: State | None = None, *, return_state: bool = False
     ) -> tuple[Tensor, State | None]:
         """x [B, T, D] -> y [B, T, D]; the state holds S [B, H, K, V] and, with convolutions, their tail `conv`."""
+        if choose(self.backend, x, fla=self._misfit()) != PLAIN:
+            return self._library_forward(x, state, return_state)
         given = self.init_state(len(x), device=x.device) if state is None else state
         # One product, one convolution and one gradient for q, k and v together.
         qkv = F.linear(x, torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]))
@@ -69,6 +75,52 @@ class GatedDeltaNet(Mixer):
             return out, None
         return out, {"S": final} if tail is None else {"S": final, "conv": tail}
 
+    def _misfit(self) -> str | None:
+        """Why the library's kernels cannot serve this model, or None."""
+        widths = (self.config.head_dim, self.config.head_v_dim)
+        return None if all(w % 16 == 0 for w in widths) else f"its head widths are multiples of 16, not {widths}"
+
+    def _library_forward(self, x: Tensor, state: State | None, return_state: bool) -> tuple[Tensor, State | None]:
+        """The same function through fla's convolution, recurrence and gated norm."""
+        from fla.modules.convolution import causal_conv1d
+        from fla.modules.fused_norm_gate import rms_norm_gated
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+        parts = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+        tail = None
+        if not self.config.conv:
+            parts = [F.silu(part) for part in parts]
+        elif state is None and not return_state:
+            filters = [conv.weight.squeeze(1) for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d)]
+            parts = [causal_conv1d(p, f, activation="silu")[0] for p, f in zip(parts, filters, strict=True)]
+        else:
+            parts, tail = self._convolve(parts, state)
+            parts = [F.silu(part) for part in parts]
+        q, k, v = (part.unflatten(-1, (self.config.n_heads, -1)) for part in parts)
+        # The layout of fla's own layer, unless the state leaves or enters in ours.
+        keep = state is not None or return_state
+        y, final = chunk_gated_delta_rule(
+            q, k, v, self.a_proj(x), self.b_proj(x), A_log=self.A_log, dt_bias=self.dt_bias,
+            initial_state=None if state is None else state["S"], output_final_state=return_state,
+            use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True,
+            state_v_first=not keep,
+        )  # fmt: skip
+        if self.g_proj is None:
+            out = self.o_proj(self.o_norm(y).flatten(-2))
+        else:
+            gate = self.g_proj(x).unflatten(-1, y.shape[-2:])
+            out = self.o_proj(rms_norm_gated(y, gate, self.o_norm.weight, None, eps=self.o_norm.eps).flatten(-2))
+        if not return_state:
+            return out, None
+        return out, {"S": final} if tail is None else {"S": final, "conv": tail}
+
+    def _convolve(self, parts: list[Tensor], state: State | None) -> tuple[list[Tensor], Tensor]:
+        """The convolutions of q, k and v [B, T, C], and their tails side by side."""
+        tails = [None, None, None] if state is None else state["conv"].split(self.widths, dim=1)
+        convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+        pairs = [conv(part, tail) for conv, part, tail in zip(convs, parts, tails, strict=True)]
+        return [y for y, _ in pairs], torch.cat([tail for _, tail in pairs], dim=1)
+
     def init_state(self, batch: int, *, device: torch.device | None = None) -> State:
         c, weight = self.config, self.o_proj.weight
         device = weight.device if device is None else device
@@ -83,11 +135,8 @@ class GatedDeltaNet(Mixer):
         parts = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
         new_state: State = {}
         if self.config.conv:
-            tails = state["conv"].split(self.widths, dim=1)
-            convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-            pairs = [conv(p.unsqueeze(1), tail) for conv, p, tail in zip(convs, parts, tails, strict=True)]
-            parts = [y.squeeze(1) for y, _ in pairs]
-            new_state["conv"] = torch.cat([tail for _, tail in pairs], dim=1)
+            parts, new_state["conv"] = self._convolve([p.unsqueeze(1) for p in parts], state)
+            parts = [part.squeeze(1) for part in parts]
         q, k, v = (wide(F.silu(p)).unflatten(-1, (self.config.n_heads, -1)) for p in parts)
         log_decay, beta_logit = self._gates(x)
         with torch.autocast(x.device.type, enabled=False):

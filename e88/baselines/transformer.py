@@ -5,15 +5,21 @@
 
 from __future__ import annotations
 
-import math
+import importlib.util
+from collections.abc import Callable
+from functools import cache, lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from e88.baselines.libraries import HALF, PLAIN, choose
 from e88.layers.mixer import Mixer, State
 from e88.models.config import AttentionConfig
-from e88.ops.norms import wide
+from e88.ops.norms import wide, wide_dtype
+
+KERNELS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
 
 class Attention(Mixer):
@@ -21,11 +27,15 @@ class Attention(Mixer):
 
     The state is the cache of rotated keys and values, k and v [B, H, P, K]: it grows by T, and its length is the
     position of the next token.
+
+    `backend`: on a GPU in half precision flash attention runs wherever no mask is needed, cuDNN's (`cudnn`), which is
+    the fastest on Hopper GPUs and newer, or PyTorch's (`flash`); else what PyTorch chooses (`torch`).
     """
 
-    def __init__(self, dim: int, config: AttentionConfig) -> None:
+    def __init__(self, dim: int, config: AttentionConfig, *, backend: str = "auto") -> None:
         super().__init__()
         self.config = config
+        self.backend = backend
         self.head_dim = dim // config.n_heads
         self.qkv_proj = nn.Linear(dim, 3 * dim, bias=False)
         self.o_proj = nn.Linear(dim, dim, bias=False)
@@ -38,20 +48,34 @@ class Attention(Mixer):
     ) -> tuple[Tensor, State | None]:
         """x [B, T, D] -> y [B, T, D]."""
         past = 0 if state is None else state["k"].shape[2]
+        length = x.shape[1]
+        # A prompt after a prompt sees all of the first and a triangle of itself: that needs a mask.
+        masked = past > 0 and length > 1
+        runs = PLAIN if masked else choose(self.backend, x, cudnn=self._misfit(128, length), flash=self._misfit(256))
         qkv = self.qkv_proj(x).unflatten(-1, (3, self.config.n_heads, self.head_dim))
         qk, v = qkv.split([2, 1], dim=2)
         q, k = rotate(qk, past, self.config.rope_theta).permute(2, 0, 3, 1, 4)
         v = v.squeeze(2).transpose(1, 2)
         if state is not None:
             k, v = torch.cat([state["k"].to(k.dtype), k], dim=2), torch.cat([state["v"].to(v.dtype), v], dim=2)
-        length = x.shape[1]
-        if past and length > 1:
+        if masked:
             seen = torch.ones(length, past + length, dtype=torch.bool, device=x.device).tril_(past)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        elif runs != PLAIN:
+            with sdpa_kernel(KERNELS[runs]):
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=length > 1)
         else:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=length > 1)
         out = self.o_proj(y.transpose(1, 2).flatten(2))
         return out, {"k": k, "v": v} if return_state else None
+
+    def _misfit(self, widest: int, length: int = 2) -> str | None:
+        """Why a kernel for heads up to this width cannot serve, or None; length: of the queries, where it matters."""
+        if length == 1:
+            return "it takes more than one token at a time"
+        if self.head_dim % 8 or self.head_dim > widest:
+            return f"its head width is a multiple of 8 up to {widest}, not {self.head_dim}"
+        return None
 
     def init_state(self, batch: int, *, device: torch.device | None = None) -> State:
         weight = self.o_proj.weight
@@ -62,12 +86,38 @@ class Attention(Mixer):
 
 def rotate(x: Tensor, start: int, theta: float) -> Tensor:
     """x [B, T, ..., K] with each pair (x_2i, x_2i+1) turned by (start + t) * theta^(-2i / K); keeps the dtype."""
-    pairs = wide(x).unflatten(-1, (-1, 2))
-    count = pairs.shape[-2]
-    # Angles in float64, folded to one turn: at position 100,000 those of float32 are off by 0.004.
-    rates = theta ** (-torch.arange(count, device=x.device, dtype=torch.float64) / count)
-    time = torch.arange(start, start + x.shape[1], device=x.device, dtype=torch.float64)
-    angle = torch.outer(time, rates).remainder_(2 * math.pi).to(pairs.dtype)
-    turn = torch.polar(torch.ones_like(angle), angle).view(-1, *[1] * (x.ndim - 3), count)
-    # A turn is a complex product: a third of the time of the same in real parts, on a CPU.
-    return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2).to(x.dtype)
+    count = x.shape[-1] // 2
+    tables = _turns(start, x.shape[1], count, theta, x.device, wide_dtype(x.dtype))
+    cos, sin = (table.view(-1, *[1] * (x.ndim - 3), count) for table in tables)
+    if x.device.type == "cpu":
+        # A turn is a complex product: a third of the time of the same in real parts, on a CPU.
+        pairs = torch.view_as_complex(wide(x).unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
+    # To compile takes seconds, which pay in training alone.
+    turn = _compiled_turn() if x.requires_grad and x.dtype in HALF else _turn
+    return turn(x, cos, sin)
+
+
+@cache
+def _compiled_turn() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return torch.compile(_turn, dynamic=True) if importlib.util.find_spec("triton") else _turn
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The rotation in real parts, which a compiler makes one pass of."""
+    a, b = wide(x).unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+@lru_cache(maxsize=8)
+def _turns(
+    start: int, length: int, count: int, theta: float, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of (start + t) * theta^(-i / count), each [length, count]; one table for all layers of a pass."""
+    # Kept for later passes, which may need gradients.
+    with torch.inference_mode(False):
+        rates = theta ** (-torch.arange(count, device=device, dtype=torch.float64) / count)
+        time = torch.arange(start, start + length, device=device, dtype=torch.float64)
+        # In float64: at position 100,000 the angles of float32 are off by 0.004.
+        angle = torch.outer(time, rates)
+        return angle.cos().to(dtype), angle.sin().to(dtype)

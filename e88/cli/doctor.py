@@ -9,6 +9,12 @@ import typer
 
 from e88.cli import EXIT_FAILED, app, options
 
+# Presets whose layers --kernels checks, on a CPU and on a GPU.
+LAYERS = {
+    False: ("tiny-e88", "tiny-gdn", "tiny-mamba2", "tiny-transformer"),
+    True: ("e88-500m", "gdn-500m", "gdn-500m-doc", "mamba2-500m", "transformer-500m"),
+}
+
 
 @app.command()
 def doctor(
@@ -16,14 +22,16 @@ def doctor(
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """Say what this machine can run: hardware, packages, operator backends, and the reason for what it cannot.
+    """Say what this machine can run: hardware, packages, backends, libraries, and the reason for what it cannot.
 
-    With --kernels: which backend each shape gets, and how far it is from float64. Exit code 1 where one is wrong.
+    With --kernels: which backend each shape and each model's layer gets, and how far it is from float64. Exit code 1
+    where one is wrong. On a GPU the libraries tune their kernels first, which takes minutes.
     """
     facts = _facts()
     if kernels:
         facts["kernels"] = _kernels(device)
-    wrong = [shape for shape, row in facts.get("kernels", {}).items() if not row["ok"]]
+        facts["layers"] = _layers(device)
+    wrong = [name for part in ("kernels", "layers") for name, row in facts.get(part, {}).items() if not row["ok"]]
     if as_json:
         print(json.dumps(facts))
     else:
@@ -31,7 +39,8 @@ def doctor(
         for title, part in facts.items():
             print(title)
             for key, value in part.items():
-                text = _verdict(value) if title == "kernels" else "not installed" if value is None else value
+                checked = title in ("kernels", "layers")
+                text = _verdict(value) if checked else "not installed" if value is None else value
                 print(f"  {key:<{width}}  {text}")
     if wrong:
         raise typer.Exit(EXIT_FAILED)
@@ -43,6 +52,7 @@ def _facts() -> dict[str, dict[str, Any]]:
     import torch
 
     from e88 import runtime
+    from e88.layers.mixer import rival_libraries
     from e88.ops import available_backends
 
     gpus = {f"GPU {i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
@@ -58,6 +68,7 @@ def _facts() -> dict[str, dict[str, Any]]:
         },
         "packages": {**runtime.versions(), **{p: None for p in runtime.PACKAGES if not runtime.package_version(p)}},
         "operator backends": {n: "ready" if why is None else f"no: {why}" for n, why in available_backends().items()},
+        "rivals' libraries": rival_libraries(),
     }
 
 
@@ -84,6 +95,26 @@ def _kernels(device: str) -> dict[str, dict[str, Any]]:
             ok = error <= TOLERANCE[dtype]
             key = f"{str(dtype).removeprefix('torch.')} {shape}"
             rows[key] = {"backend": backend, "error": error, "tensor": tensor, "ok": ok}
+    return rows
+
+
+def _layers(device: str) -> dict[str, dict[str, Any]]:
+    """For E88's layer and its rivals', at sizes that are compared: what runs, its largest relative error, and where."""
+    import torch
+
+    from e88.layers.accuracy import check
+    from e88.runtime import choose_device
+    from e88.sizing.presets import preset
+
+    where = choose_device(device)
+    on_gpu = where.type == "cuda"
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    rows = {}
+    for name in LAYERS[on_gpu]:
+        typer.echo(f"checking the layer of {name}", err=True)
+        found = check(preset(name), where, dtype, tune=(32, 512) if on_gpu else None)
+        key = f"{str(dtype).removeprefix('torch.')} {name}"
+        rows[key] = {"backend": "/".join(found.backends), "error": found.error, "tensor": found.tensor, "ok": found.ok}
     return rows
 
 

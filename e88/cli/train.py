@@ -28,7 +28,7 @@ def train(
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of initialisation and data order.")] = None,
     precision: Annotated[str | None, typer.Option(help="auto (bf16 on a GPU), bf16 or fp32.")] = None,
-    backend: Annotated[str | None, typer.Option(help="Operator backend (see e88 doctor).")] = None,
+    backend: Annotated[str | None, typer.Option(help="Operator backend, or rival's library (see e88 doctor).")] = None,
     set_: options.Set = None,
     device: options.Device = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,

@@ -6,6 +6,7 @@ B batch, T time, D model width
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +24,15 @@ MIXERS = {
 }
 
 
+LIBRARIES = "e88.baselines.libraries:status"
+
+
 class Mixer(nn.Module):
     """A causal map [B, T, D] -> [B, T, D] that can also run one token at a time from a state.
 
     Subclasses are built as `cls(dim, config)`, leave every parameter initialised, and name their output projection
     `o_proj` or `out_proj` (the model scales it with depth). Parameters with `_no_weight_decay = True` are exempt
-    from weight decay.
+    from weight decay. One that can run in several ways has a `backend`, `auto` or a name, and notes which one ran.
     """
 
     def forward(
@@ -50,6 +54,16 @@ class Mixer(nn.Module):
 
 def build_mixer(dim: int, config: MixerConfig) -> Mixer:
     """The mixer of `config` at model width `dim`."""
-    module, _, name = MIXERS[config.kind].partition(":")
-    mixer: Mixer = getattr(importlib.import_module(module), name)(dim, config)
+    mixer: Mixer = _resolve(MIXERS[config.kind])(dim, config)
     return mixer
+
+
+def rival_libraries() -> dict[str, str]:
+    """For every library that runs a rival on a GPU: "ready" and its mode here, or "no" and the reason."""
+    libraries: dict[str, str] = _resolve(LIBRARIES)()
+    return libraries
+
+
+def _resolve(dotted: str) -> Any:
+    module, _, name = dotted.partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -123,6 +123,12 @@ def record_backends() -> Iterator[set[str]]:
         _recorders.reset(token)
 
 
+def note(name: str) -> None:
+    """Tell every `record_backends` block around this call that `name` ran."""
+    for used in _recorders.get():
+        used.add(name)
+
+
 def choose(problem: Problem, backend: str) -> ModuleType:
     """The module that serves the problem; records its name. Raises UserError where `backend` cannot."""
     # As an index, a size that the compiler holds for variable becomes the number it is; a guard keeps it.
@@ -133,8 +139,7 @@ def choose(problem: Problem, backend: str) -> ModuleType:
 def _chosen(K: int, V: int, dtype: torch.dtype, device: str, activation: str, backend: str) -> str:
     problem = Problem(K, V, dtype, device, activation)
     row = _first(problem) if backend == "auto" else _named(problem, backend)
-    for used in _recorders.get():
-        used.add(row.name)
+    note(row.name)
     if row.module not in _modules:
         _modules[row.module] = importlib.import_module(row.module)
     return row.module
@@ -168,11 +173,12 @@ def _first(problem: Problem) -> Backend:
         refusals.append(f"{row.name}: {reason}")
     # float64 is for checking results, where the plain backends are what is wanted.
     if row.name in _PLAIN and problem.dtype != torch.float64:
-        _announce(f"no fast backend for this call, using the slow '{row.name}' ({'; '.join(refusals)})")
+        announce(f"no fast backend for this call, using the slow '{row.name}' ({'; '.join(refusals)})")
     return row
 
 
-def _announce(message: str) -> None:
+def announce(message: str) -> None:
+    """Warn the user, once for each message."""
     if message not in _announced:
         _announced.add(message)
         warnings.warn(message, UserWarning, stacklevel=4)

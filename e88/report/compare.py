@@ -19,6 +19,7 @@ from e88.study.statistics import Estimate, heldout_estimate, paired_difference
 
 Record = dict[str, Any]
 MISSING = "–"
+LIBRARY_KINDS = ("gated_deltanet", "mamba2")
 
 
 def dig(record: Any, *path: str) -> Any:
@@ -256,6 +257,10 @@ def _warnings(groups: list[Group]) -> Iterable[str]:
     if len({frozenset(group.done_seeds) for group in groups if group.done}) > 1:
         yield "The models did not finish the same seeds: their means are not over the same data, only differences are."
     for group in groups:
+        # Only runs on a GPU carry a check of their layer.
+        plain = [run for run in group.done if dig(run, "environment", "layer_check") and group.kind in LIBRARY_KINDS]
+        if any(dig(run, "environment", "backends") == ["torch"] for run in plain):
+            yield f"{group.label} ran without its library's kernels: its speed and its loss at equal time suffer."
         lost = len(group.runs) - len(group.done)
         if group.done and lost:
             yield (

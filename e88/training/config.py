@@ -52,7 +52,7 @@ class TrainingConfig:
     `final_lr` times the peak at the end of the budget (schedulefree: constant after warm-up, by construction).
     muon_lr: peak rate of the matrices under `muon`. accumulate: parts a step's batch is cut into.
     eval_every: seconds of training between held-out evaluations on the way, 0 for only at the end.
-    backend: the recurrence's operator backend, `auto` or a name from `e88 doctor`.
+    backend: what runs the mixer, `auto` or a name from `e88 doctor`: E88's operator backend, or a rival's library.
     checkpoint_every: likewise between checkpoints, 0 for only at the end.
     """
 

@@ -26,6 +26,7 @@ from e88.training.config import TrainingConfig
 from e88.training.evaluate import HeldOut, evaluate
 from e88.training.forensics import explain
 from e88.training.run import Run
+from e88.training.verify import verify
 
 
 class Reporter(Protocol):
@@ -68,6 +69,8 @@ def train(
     size = describe(model_config, window=config.window)
     run = state.start(model_config, config, corpus, folder, name=name, device=device, resume=resume, size=size)
     try:
+        with run.clock.section("compile"):
+            run.check = verify(model_config, config, device)
         with record_backends() as run.backends, _stop_requested() as stop:
             with run.clock.section("compile"):
                 _warm_up(run)

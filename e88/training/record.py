@@ -83,7 +83,7 @@ def finish(run: Run, heldout: HeldOut | None, reason: str | None, peak_memory: i
         "results": results,
         "curve": steplog.curve(entries),
         "heldout_curve": run.heldout,
-        "environment": environment(run.device, sorted(run.backends) or ["torch"]),
+        "environment": {**environment(run.device, sorted(run.backends) or ["torch"]), "layer_check": run.check},
     }
     write_json(run.folder / "record.json", record)
     return record

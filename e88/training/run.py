@@ -19,7 +19,8 @@ from e88.training.steplog import StepLog
 
 @dataclass
 class Run:
-    """size: what `e88.sizing.closed_form.describe` says of the model. heldout: the evaluations so far."""
+    """size: what `e88.sizing.closed_form.describe` says of the model. heldout: the evaluations so far. check: the
+    layer's error on a GPU."""
 
     name: str
     model_config: ModelConfig
@@ -38,6 +39,7 @@ class Run:
     tokens: int = 0
     heldout: list[dict[str, Any]] = field(default_factory=list)
     backends: set[str] = field(default_factory=set)
+    check: dict[str, Any] | None = None
 
     @property
     def used(self) -> float:

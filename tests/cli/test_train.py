@@ -140,9 +140,14 @@ def test_doctor_names_every_backend_and_missing_package(e88):
     facts = json.loads(out)
     assert code == 0 and facts["operator backends"]["numba"] == "ready"
     assert facts["packages"]["torch"] == torch.__version__
+    assert all(facts["rivals' libraries"][name].startswith(("ready", "no: ")) for name in ("fla", "mamba-ssm", "flash"))
     code, out, _ = e88("doctor", "--kernels", "--device", "cpu", "--json")
-    checks = json.loads(out)["kernels"]
+    checks, layers = (json.loads(out)[part] for part in ("kernels", "layers"))
     assert code == 0 and len(checks) > 8 and all(row["ok"] and row["backend"] == "numba" for row in checks.values())
+    assert {name: row["backend"] for name, row in layers.items()} == {
+        "float32 tiny-e88": "numba", "float32 tiny-gdn": "torch", "float32 tiny-mamba2": "torch",
+        "float32 tiny-transformer": "torch",
+    }  # fmt: skip
     code, out, _ = e88("doctor")
     assert code == 0 and "numba" in out and "operator backends" in out
 
@@ -159,3 +164,19 @@ def test_doctor_tells_a_wrong_kernel(e88, monkeypatch):
     monkeypatch.setattr(cpu, "run", wrong)
     code, out, _ = e88("doctor", "--kernels", "--device", "cpu")
     assert code == 1 and "WRONG" in out
+
+
+def test_doctor_tells_a_wrong_rival(e88, monkeypatch):
+    from e88.baselines import mamba2
+
+    right = mamba2.ssd
+
+    def wrong(xbc, *arguments, **options):
+        y, final = right(xbc, *arguments, **options)
+        # Not a multiple, which the norm behind it would take off again.
+        return (y if xbc.dtype == torch.float64 else y + 0.01 * y.flip(1)), final
+
+    monkeypatch.setattr(mamba2, "ssd", wrong)
+    code, out, _ = e88("doctor", "--kernels", "--device", "cpu", "--json")
+    layers = json.loads(out)["layers"]
+    assert code == 1 and [name for name, row in layers.items() if not row["ok"]] == ["float32 tiny-mamba2"]

@@ -132,6 +132,17 @@ def test_warnings_of_unlike_runs(make_record: Any) -> None:
     assert "batch sizes (16, 64)" in warnings and "2 commits" in warnings and "uncommitted" in warnings
 
 
+def test_a_rival_without_its_library_on_a_gpu_is_told(make_record: Any) -> None:
+    check = {"tensor": "y", "error": 0.004, "tolerance": 0.03}
+
+    def warnings(backend: str, layer_check: dict[str, Any] | None) -> str:
+        rival = make_record("tiny-gdn", environment={"backends": [backend], "layer_check": layer_check})
+        return " ".join(comparisons([make_record(), rival])[0].warnings)
+
+    assert "tiny-gdn ran without its library's kernels" in warnings("torch", check)
+    assert not warnings("fla 0.6.0 chunk (tilelang)", check) and not warnings("torch", None)
+
+
 def test_a_short_mean_of_the_loss_is_marked(make_record: Any) -> None:
     short = make_record(seconds=2)
     assert short["results"]["train_loss_steps"] < 100

@@ -1,0 +1,43 @@
+"""The specs of the 500M tables say what the documents' rows were."""
+
+from pathlib import Path
+
+import pytest
+
+from e88.sizing.closed_form import count_params
+from e88.study.design import load_study
+
+FOLDER = Path(__file__).resolve().parent.parent.parent / "studies"
+
+
+@pytest.mark.parametrize("name", ["benchmark_500m", "failing_500m"])
+@pytest.mark.parametrize("scale", ["smoke", "full"])
+def test_every_run_of_a_table_is_planned(name, scale):
+    study = load_study(FOLDER / f"{name}.toml")
+    runs = study.at(scale).runs
+    assert {run.spec.training.window for run in runs} == {512 if scale == "full" else 128}
+    if scale == "full":
+        assert {run.spec.training.batch_size for run in runs} == {32}
+        assert all(480e6 < count_params(run.spec.model) < 540e6 for run in runs)
+        assert {run.spec.training.seed for run in runs} == {0, 1, 2}
+
+
+def test_the_benchmark_is_three_tables_of_the_same_rows():
+    study = load_study(FOLDER / "benchmark_500m.toml").at("full", seeds=1)
+    rows = {}
+    for model, budget in study.arms:
+        rows.setdefault(budget, []).append(model)
+    assert rows["data"] == rows["minute"] == rows["headline"] and len(rows["data"]) == 12
+    assert {run.spec.training.budget.seconds for run in study.runs} == {None, 60, 600}
+    # What E88_b56n32 had read when the documents stopped it: 421 steps of 32 windows of 512.
+    assert {run.spec.training.budget.tokens for run in study.runs} == {None, 6_900_000}
+    assert all(run.exclusive == (run.spec.training.budget.seconds is not None) for run in study.runs)
+
+
+def test_the_failing_rows_run_in_one_part_and_in_four():
+    runs = load_study(FOLDER / "failing_500m.toml").at("full", seeds=1).runs
+    shapes = {}
+    for run in runs:
+        mixer = run.spec.model.mixer
+        shapes.setdefault((mixer.n_heads, mixer.n_state), []).append(run.spec.training.accumulate)
+    assert shapes == {shape: [1, 4] for shape in [(36, 48), (72, 48), (81, 32), (5, 128), (100, 64)]}
