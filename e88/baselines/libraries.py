@@ -14,7 +14,9 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from e88.errors import UserError, unknown_name
 from e88.ops.backends import announce, note
@@ -55,19 +57,21 @@ def _chosen(wanted: str, device: str, dtype: torch.dtype, misfits: tuple[tuple[s
     names = [name.replace("_", "-") for name, _ in misfits]
     if wanted not in ("auto", PLAIN, *names):
         raise unknown_name("backend", wanted, ["auto", *names, PLAIN])
+    misplaced = _misplaced(device, dtype)
     reasons = {}
     for name, (_, misfit) in zip(names, misfits, strict=True):
         if wanted not in ("auto", name):
             continue
         library = LIBRARIES[name]
-        reasons[name] = _misplaced(device, dtype) or misfit or library.missing()
+        reasons[name] = misplaced or misfit or library.missing()
         if reasons[name] is None:
             note(library.mode())
             return name
-    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     if wanted in names:
         raise UserError(f"backend '{wanted}' cannot serve this model here: {reasons[wanted]}; or use backend 'auto'")
-    if reasons and device != "cpu" and dtype != torch.float64:
+    # On a CPU, or in a precision that was asked for, nothing faster could be had.
+    if reasons and not misplaced:
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         announce(f"this model runs on slow PyTorch code ({why})")
     note(PLAIN)
     return PLAIN
@@ -185,7 +189,13 @@ def cudnn_missing() -> str | None:
         return "there is no GPU that torch can use"
     if torch.version.hip is not None or torch.cuda.get_device_capability() < (9, 0):
         return "it is the faster one on NVIDIA GPUs of capability 9.0 or newer only"
-    return None if (torch.backends.cudnn.version() or 0) >= 90_000 else "it needs cuDNN 9 or newer"
+    x = torch.randn(1, 1, 96, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    try:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            torch.autograd.grad(F.scaled_dot_product_attention(x, x, x, is_causal=True).sum(), x)
+    except RuntimeError as error:
+        return f"a first try fails ({str(error).splitlines()[0]})"
+    return None
 
 
 @lru_cache

@@ -19,7 +19,11 @@ from e88.layers.mixer import Mixer, State
 from e88.models.config import AttentionConfig
 from e88.ops.norms import wide, wide_dtype
 
-KERNELS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+# cuDNN may refuse an unusual length, such as the rest of an evaluation: flash attention takes that one.
+KERNELS = {
+    "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION],
+    "flash": [SDPBackend.FLASH_ATTENTION],
+}
 
 
 class Attention(Mixer):
@@ -62,7 +66,7 @@ class Attention(Mixer):
             seen = torch.ones(length, past + length, dtype=torch.bool, device=x.device).tril_(past)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         elif runs != PLAIN:
-            with sdpa_kernel(KERNELS[runs]):
+            with sdpa_kernel(KERNELS[runs], set_priority=True):
                 y = F.scaled_dot_product_attention(q, k, v, is_causal=length > 1)
         else:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=length > 1)

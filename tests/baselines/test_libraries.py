@@ -204,14 +204,19 @@ def test_a_fallback_on_a_gpu_is_announced_once_with_its_reason(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert libraries._chosen(*arguments) == "torch"
+        # Nobody who asks for float32 is told that half precision would be faster.
+        assert libraries._chosen("auto", "cuda", torch.float32, (("fla", None),)) == "torch"
     with pytest.raises(UserError, match="it is broken; install another"):
         libraries._chosen("fla", *arguments[1:])
 
 
+@pytest.mark.filterwarnings("ignore:this model runs on slow")
 def test_attention_knows_which_kernel_fits_its_heads_and_queries(everywhere, monkeypatch):
     taken = []
     real = transformer.sdpa_kernel
-    monkeypatch.setattr(transformer, "sdpa_kernel", lambda kernel: taken.append(kernel) or real(SDPBackend.MATH))
+    monkeypatch.setattr(
+        transformer, "sdpa_kernel", lambda kernels, set_priority: taken.append(kernels[0]) or real(SDPBackend.MATH)
+    )
     for dim, length in ((64, 5), (64, 1), (512, 5), (24, 5)):
         net = build_mixer(dim, AttentionConfig(n_heads=2))
         first, state = net(torch.randn(1, length, dim), return_state=True)
