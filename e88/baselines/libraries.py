@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import re
 from collections.abc import Callable
 from functools import lru_cache
@@ -164,6 +165,8 @@ def mamba_missing() -> str | None:
     absent = _absent("mamba-ssm", "mamba_ssm")
     if absent:
         return absent
+    # To tune its kernels takes it minutes: the next process, such as the next run of a bench, finds them tuned.
+    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
     kernels = _load("mamba_ssm.ops.triton.ssd_combined")
     return kernels if isinstance(kernels, str) else None
 

@@ -1,5 +1,6 @@
 """Which of a rival's implementations runs, and that the path through a library is the layer's own function."""
 
+import os
 import sys
 import warnings
 from types import SimpleNamespace
@@ -275,6 +276,17 @@ def test_a_library_that_does_not_import_is_no_crash(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     reason = libraries._load("broken_library_of_a_rival")
     assert isinstance(reason, str) and "there_is_no_such_module" in reason and "\n" not in reason
+
+
+def test_mamba_keeps_what_it_tuned_unless_the_user_says_otherwise(monkeypatch):
+    loaded = []
+    monkeypatch.setattr(libraries, "_absent", lambda *names: None)
+    monkeypatch.setattr(libraries, "_load", lambda name: loaded.append(os.environ["TRITON_CACHE_AUTOTUNING"]))
+    monkeypatch.setenv("TRITON_CACHE_AUTOTUNING", "0")
+    assert libraries.mamba_missing.__wrapped__() is None
+    monkeypatch.delenv("TRITON_CACHE_AUTOTUNING")
+    assert libraries.mamba_missing.__wrapped__() is None
+    assert loaded == ["0", "1"]
 
 
 def test_versions_compare_as_numbers():
