@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
-import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from e88.errors import UserError
+from e88.files import write_atomic
+from e88.runtime import cache_folder
+
 SOURCES = Path(__file__).parent
-
-
-def cache_folder() -> Path:
-    """Where machine code is kept: `E88_CACHE`, or `~/.cache/e88`."""
-    return Path(os.environ.get("E88_CACHE") or Path.home() / ".cache" / "e88")
 
 
 @cache
@@ -45,7 +43,9 @@ def compile_cubin(kernel: str, arch: str, defines: dict[str, int]) -> bytes:
     except OSError:
         pass
     code = _nvrtc(text, kernel, [f"-arch={arch}", "-std=c++17", "-default-device", *flags])
-    _write_atomically(path, code)
+    # A folder that cannot be written costs a compilation at every start, nothing else.
+    with suppress(UserError):
+        write_atomic(path, lambda temporary: temporary.write_bytes(code))
     return code
 
 
@@ -69,17 +69,6 @@ def _nvrtc(text: str, kernel: str, options: list[str]) -> bytes:
         return code
     finally:
         nvrtc.nvrtcDestroyProgram(program)
-
-
-def _write_atomically(path: Path, code: bytes) -> None:
-    # A folder that cannot be written costs a compilation at every start, nothing else.
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(code)
-        os.replace(file.name, path)
-    except OSError:
-        pass
 
 
 def _check(error: Any) -> None:
