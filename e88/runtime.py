@@ -157,7 +157,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 def peak_flops(device: torch.device) -> float | None:
     """FLOP/s that model FLOP utilisation is a share of: the bf16 datasheet figure on a known GPU, the best of a few
-    float32 matrix products on a CPU (measured, some tenths of a second), None on an unknown GPU."""
+    float32 matrix products on a CPU (measured, a tenth or two of a second), None on an unknown GPU."""
     import torch
 
     if device.type == "cuda":
@@ -165,7 +165,7 @@ def peak_flops(device: torch.device) -> float | None:
         return max(((len(k), v) for k, v in PEAK_BF16_FLOPS.items() if k in name), default=(0, None))[1]
     n = 1024
     a, b = torch.randn(n, n), torch.randn(n, n)
-    return 2.0 * n**3 / best_seconds(lambda: a @ b, repeats=20)
+    return 2.0 * n**3 / best_seconds(lambda: a @ b, repeats=6)
 
 
 def best_seconds(function: Callable[[], Any], repeats: int) -> float:

@@ -12,11 +12,15 @@ from typing import Any
 
 from e88.files import write_text
 from e88.study.design import Experiment
+from e88.study.findings import Frontier, ScalingLaw, frontiers, scaling_laws
+from e88.study.frontier import Place
 from e88.study.judge import judge
 from e88.study.statistics import Estimate
 from e88.study.store import Record
 from e88.study.verdict import CONFIRMED, REFUTED, UNDECIDED, Verdict
 
+# Columns where the output is no terminal.
+PLAIN_WIDTH = 160
 OUTCOMES = (CONFIRMED, REFUTED, UNDECIDED)
 
 
@@ -29,6 +33,8 @@ class StudyReport:
     scale: str
     ended: dict[str, int]
     verdicts: tuple[Verdict, ...]
+    laws: tuple[ScalingLaw, ...] = ()
+    frontiers: tuple[Frontier, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able form."""
@@ -39,7 +45,10 @@ def study_report(experiment: Experiment, records: Mapping[str, Record]) -> Study
     """The report of a study at one scale. records: by run id, curves not needed."""
     ended = Counter(records[run.id]["status"] if run.id in records else "missing" for run in experiment.runs)
     study = experiment.study
-    return StudyReport(study.name, study.title, experiment.scale.name, dict(ended), tuple(judge(experiment, records)))
+    return StudyReport(
+        study.name, study.title, experiment.scale.name, dict(ended), tuple(judge(experiment, records)),
+        tuple(scaling_laws(experiment, records)), tuple(frontiers(experiment, records)),
+    )  # fmt: skip
 
 
 def write_report(report: StudyReport, store: Path) -> Path:
@@ -95,11 +104,39 @@ def render_terminal(report: StudyReport, width: int | None = None) -> str:
                  verdict.reason]  # fmt: skip
         table.add_row(*map(Text, cells), style=styles[verdict.outcome])
     out, terminal = io.StringIO(), Console()
-    console = Console(file=out, width=width or terminal.width, force_terminal=terminal.is_terminal and width is None)
+    shown = terminal.is_terminal and width is None
+    console = Console(file=out, width=terminal.width if shown else width or PLAIN_WIDTH, force_terminal=shown)
     console.print(Text(headline(report)))
     if report.verdicts:
         console.print(table)
+    for line in [law_text(law) for law in report.laws] + [frontier_text(f) for f in report.frontiers]:
+        console.print(Text(line))
     return out.getvalue()
+
+
+def law_text(scaling: ScalingLaw) -> str:
+    """A scaling law as a formula with the intervals of its exponents."""
+    law = scaling.law
+    terms = [_number(law.floor.mean)] if law.floor else []
+    terms += [
+        f"{_number(scale.mean)} ({variable}/{_number(centre)})^-{_number(exponent.mean)}{_interval(exponent)}"
+        for variable, centre, scale, exponent in zip(law.variables, law.centres, law.scales, law.exponents, strict=True)
+    ]
+    edge = "; the data do not determine the exponent" if law.at_edge else ""
+    runs = law.exponents[0].n
+    return f"{scaling.kind}, {scaling.where}: bits per byte = {' + '.join(terms)}, {runs} runs{edge}"
+
+
+def frontier_text(frontier: Frontier) -> str:
+    """Who is on a frontier, and who is not decided to be off it."""
+
+    def named(places: list[Place]) -> str:
+        return ", ".join(f"{place.name} ({_number(place.cost)}, {place.loss:.4f})" for place in places)
+
+    on = [place for place in frontier.places if place.on_frontier]
+    near = [place for place in frontier.places if not place.on_frontier and not place.decided]
+    text = f"{frontier.budget}, quality against {frontier.cost}: on the frontier {named(on)}"
+    return text + (f"; not decided to be off it {named(near)}" if near else "")
 
 
 def _seeds(verdict: Verdict) -> str:
@@ -122,4 +159,10 @@ def render_markdown(report: StudyReport) -> str:
         cells = [claim.name, f"**{verdict.outcome}**", verdict.scale, _seeds(verdict), estimate_text(verdict),
                  verdict.reason, says, claim.source]  # fmt: skip
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    for title, texts in (
+        ("Scaling laws (95 % of the exponents)", [law_text(law) for law in report.laws]),
+        ("Efficient frontiers (cost, bits per byte)", [frontier_text(f) for f in report.frontiers]),
+    ):
+        if texts:
+            lines += ["", f"## {title}", "", *(f"- {text}" for text in texts)]
     return "\n".join(lines).rstrip() + "\n"

@@ -26,7 +26,7 @@ from typing import Any
 from e88.errors import UserError, unknown_name
 
 FORMS = ("lower", "higher", "close", "best", "order", "trains", "diverges", "equals", "all")
-OPTIONS = ("says", "source", "metric", "budget", "by", "factor", "of", "value", "within", "hardware", "note")
+OPTIONS = ("says", "source", "metric", "budget", "by", "factor", "of", "value", "within", "hardware", "scales", "note")
 SIZES = ("params", "state_per_layer", "state_total", "projection_ratio", "dim_over_inner", "flops_per_token")
 SPEEDS = ("tokens_per_second", "mfu")
 # Metric -> whether less of it is better.
@@ -45,7 +45,8 @@ class Claim:
     """A statement. says: in words. source: where it was made. models: what the form names, or claims for `all`.
 
     metric: see `LESS_IS_BETTER`. budget: which of the study's. of: the whole field of `best`. hardware: what the
-    hardware's name must contain. note: what else to know when reading the verdict.
+    hardware's name must contain. scales: where it is tested, everywhere if empty. note: what else to know when
+    reading the verdict.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Claim:
     value: float | None = None
     within: float = 0.01
     hardware: str = ""
+    scales: tuple[str, ...] = ()
     note: str = ""
 
     @property
@@ -76,15 +78,18 @@ class Claim:
         return tuple(dict.fromkeys((*self.models, *self.of)))
 
 
-def parse_claim(name: str, table: Mapping[str, Any], models: Sequence[str], budgets: Mapping[str, bool]) -> Claim:
-    """The claim of a table in a spec. budgets: name -> whether exclusive. UserError for whatever is wrong with it."""
+def parse_claim(name: str, table: Mapping[str, Any], models: Sequence[str], budgets: Mapping[str, set[str]]) -> Claim:
+    """The claim of a table in a spec. budgets: name -> the scales at which its runs share a processor.
+
+    UserError for whatever is wrong with it.
+    """
     try:
         return _parse(name, dict(table), models, budgets)
     except UserError as error:
         raise UserError(f"claim '{name}': {error}") from error
 
 
-def _parse(name: str, table: dict[str, Any], models: Sequence[str], budgets: Mapping[str, bool]) -> Claim:
+def _parse(name: str, table: dict[str, Any], models: Sequence[str], budgets: Mapping[str, set[str]]) -> Claim:
     for key in table:
         if key not in FORMS + OPTIONS:
             raise unknown_name("key", key, FORMS + OPTIONS)
@@ -96,6 +101,7 @@ def _parse(name: str, table: dict[str, Any], models: Sequence[str], budgets: Map
     members = named if form == "all" else expand(named, models)
     of = expand(_names(table.pop("of"), "of"), models) if "of" in table else ()
     values: dict[str, Any] = {"budget": next(iter(budgets), ""), **table}
+    values["scales"] = _names(table["scales"], "scales") if "scales" in table else ()
     for key in ("says", "source"):
         if not isinstance(values.get(key), str):
             raise UserError(f"it needs the text '{key}'")
@@ -108,14 +114,15 @@ def _parse(name: str, table: dict[str, Any], models: Sequence[str], budgets: Map
     return claim
 
 
-def _check(claim: Claim, budgets: Mapping[str, bool]) -> None:
+def _check(claim: Claim, budgets: Mapping[str, set[str]]) -> None:
     if claim.metric not in LESS_IS_BETTER:
         raise unknown_name("metric", claim.metric, LESS_IS_BETTER)
     if claim.form != "all" and not claim.is_exact:
         if claim.budget not in budgets:
             raise unknown_name("budget", claim.budget, budgets)
-        if claim.metric in SPEEDS and not budgets[claim.budget]:
-            raise UserError(f"{claim.metric} needs a budget whose runs are exclusive, {claim.budget} is not")
+        shared = {s for s in budgets[claim.budget] if not claim.scales or s in claim.scales}
+        if claim.metric in SPEEDS and shared:
+            raise UserError(f"{claim.metric} needs an exclusive budget; '{claim.budget}' is not at {min(shared)}")
     wrong = {
         "two models": claim.form in PAIRS and len(claim.models) != 2,
         "one model": claim.form == "equals" and len(claim.models) != 1,
@@ -137,12 +144,12 @@ def _names(value: Any, key: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def expand(patterns: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+def expand(patterns: Sequence[str], names: Sequence[str], kind: str = "model") -> tuple[str, ...]:
     """Names in which `*` and `?` stand for all that match, in the order of `names`; UserError where none does."""
     found: dict[str, None] = {}
     for pattern in patterns:
         matching = [pattern] if pattern in names else [name for name in names if fnmatchcase(name, pattern)]
         if not matching:
-            raise unknown_name("model", pattern, names)
+            raise unknown_name(kind, pattern, names)
         found |= dict.fromkeys(matching)
     return tuple(found)

@@ -3,7 +3,8 @@
 title, source, data, tokenizer
 [training]         training keys of every run
 [scales.NAME]      seeds, shrink = {width, depth, tolerance}, training, kinds.KIND (training keys of a kind of mixer)
-[budgets.NAME]     exclusive, and for each scale a budget such as {steps = 200}
+[budgets.NAME]     for each scale a budget such as {steps = 200}; exclusive = true, or the scales at which its runs
+                   are alone on their processor (on a GPU they always are)
 [models.NAME]      see `e88.study.shapes`; training (keys of its runs); for a scale's name, a table to use there
                    instead; vary = {key = [values]} with {key} in NAME makes a grid
 [claims.NAME]      see `e88.study.claims`
@@ -12,7 +13,7 @@ title, source, data, tokenizer
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -61,11 +62,11 @@ class Study:
         """The study at one scale, all of it or what the claims of these names (with * and ?) need."""
         if scale not in self.scales:
             raise unknown_name("scale", scale, self.scales)
-        chosen = self.claims
+        chosen = tuple(claim for claim in self.claims if not claim.scales or scale in claim.scales)
         if claims:
-            wanted = expand(claims, [claim.name for claim in self.claims])
-            parts = {part for claim in self.claims if claim.name in wanted for part in claim.models}
-            chosen = tuple(c for c in self.claims if c.name in wanted or c.name in parts)
+            wanted = expand(claims, [claim.name for claim in chosen], "claim")
+            parts = {part for claim in chosen if claim.name in wanted for part in claim.models}
+            chosen = tuple(c for c in chosen if c.name in wanted or c.name in parts)
         count = seeds or self.scales[scale].seeds
         return Experiment(self, self.scales[scale], chosen, tuple(range(count)), partial=bool(claims))
 
@@ -97,8 +98,8 @@ class Study:
             tokenizer=self.tokenizer,
         )  # fmt: skip
 
-    def is_exclusive(self, budget: str) -> bool:
-        return bool(self.budgets[budget].get("exclusive", False))
+    def is_exclusive(self, budget: str, scale: Scale) -> bool:
+        return scale.name in _exclusive_at(self.budgets[budget], self.scales)
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Experiment:
         no claim names."""
         needed = {(model, claim.budget): None for claim in self.claims for model in claim.involved}
         if not self.partial:
-            named = {model for model, _ in needed}
+            named = {model for claim in self.study.claims for model in (*claim.models, *claim.of)}
             first = next(iter(self.study.budgets))
             needed |= {(model, first): None for model in self.study.models if model not in named}
         order = list(self.study.models)
@@ -132,10 +133,10 @@ class Experiment:
     def planned(self) -> dict[tuple[str, str, int], PlannedRun]:
         """(model, budget, seed) -> its run. Seed by seed, so that an interruption leaves whole comparisons. Two models
         that are the same have the same runs."""
-        planner = Planner()
+        planner, study, scale = Planner(), self.study, self.scale
         return {
             (model, budget, seed): planner.plan(
-                self.study.run(model, budget, seed, self.scale, self.configs[model]), self.study.is_exclusive(budget)
+                study.run(model, budget, seed, scale, self.configs[model]), study.is_exclusive(budget, scale)
             )
             for seed in self.seeds
             for model, budget in self.arms
@@ -171,8 +172,8 @@ def parse_study(name: str, table: Mapping[str, Any], *, data: str | None = None)
             if key != "exclusive" and key not in scales:
                 raise unknown_name(f"scale in budget '{budget}':", key, ("exclusive", *scales))
     models = dict(_grid(table["models"]))
-    budgets = {key: bool(value.get("exclusive", False)) for key, value in table["budgets"].items()}
-    claims = tuple(parse_claim(key, value, list(models), budgets) for key, value in table.get("claims", {}).items())
+    shared = {key: set(scales) & set(value) - _exclusive_at(value, scales) for key, value in table["budgets"].items()}
+    claims = tuple(parse_claim(key, value, list(models), shared) for key, value in table.get("claims", {}).items())
     names = [claim.name for claim in claims]
     for claim in claims:
         for part in claim.models if claim.form == "all" else ():
@@ -190,6 +191,18 @@ def parse_study(name: str, table: Mapping[str, Any], *, data: str | None = None)
         models=models,
         claims=claims,
     )
+
+
+def _exclusive_at(budget: Mapping[str, Any], scales: Iterable[str]) -> set[str]:
+    """The scales at which a budget's runs are alone on their processor."""
+    value = budget.get("exclusive", False)
+    if value is True:
+        return set(scales)
+    if value is False:
+        return set()
+    if not isinstance(value, list) or not set(value) <= set(scales):
+        raise UserError(f"exclusive must be true, false or a list of scales ({', '.join(scales)}), got {value!r}")
+    return set(value)
 
 
 def _scale(name: str, table: Mapping[str, Any]) -> Scale:

@@ -3,7 +3,9 @@
 A table is one of
     preset = NAME, with any other key of the model or its mixer on top
     kind = KIND, params = "500M", and any of dim, depth, n_heads, n_state fixed: solved for the count, balanced
+    kind = KIND, match = another model of the study: as many parameters as that has
     kind = KIND and all dimensions
+A preset may have `match` too: it holds where the study is shrunk, and the preset as it is at full size.
 """
 
 from __future__ import annotations
@@ -47,14 +49,11 @@ class Shrink:
 
 
 def build(table: Mapping[str, Any], shrink: Shrink, params_of: Callable[[str], int]) -> ModelConfig:
-    """The configuration of a table. params_of: parameters of another model of the study, for `match`.
-
-    `match` = another model: at full size nothing; shrunk, the model becomes one of its kind with as many parameters.
-    """
+    """The configuration of a table. params_of: parameters of another model of the study, for `match`."""
     options = dict(table)
     match = options.pop("match", None)
-    if match is not None and not shrink.is_none:
-        kind = preset(options["preset"]).mixer.kind if "preset" in options else options["kind"]
+    if match is not None and not ("preset" in options and shrink.is_none):
+        kind = preset(options["preset"]).mixer.kind if "preset" in options else options.get("kind", "")
         return matched(kind, params_of(match), tolerance=shrink.tolerance)
     if "preset" in options:
         base = preset(options.pop("preset"))

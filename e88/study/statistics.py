@@ -18,7 +18,7 @@ class Estimate:
 
     n: how many seeds the mean is over. over: what the interval spans: "seeds" (Student's t over n >= 2 seeds),
     "windows" (of one seed over its held-out windows: it says nothing about other seeds), "exact" (counted, not
-    measured) or "" (no interval).
+    measured), "resampling" (refits to resampled residuals) or "" (no interval).
     """
 
     mean: float

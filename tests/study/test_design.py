@@ -1,0 +1,119 @@
+"""Specs: models by a rule, grids, matched sizes, and the studies that are published."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from e88.errors import UserError
+from e88.models.config import E88Config, ModelConfig
+from e88.sizing.closed_form import block_params, count_params, projection_ratio
+from e88.sizing.presets import PRESETS
+from e88.study.design import load_study, parse_study
+from e88.study.shapes import Shrink, shrunk
+
+STUDIES = Path(__file__).resolve().parents[2] / "studies"
+SMALL = Shrink(width=8, depth=4, tolerance=0.1)
+
+
+def table(**parts: Any) -> dict[str, Any]:
+    return {
+        "scales": {"full": {}, "smoke": {"seeds": 2, "shrink": {"width": 16, "depth": 8, "tolerance": 0.2}}},
+        "budgets": {"data": {"smoke": {"steps": 3}, "full": {"steps": 4}}},
+        "training": {"batch_size": 4, "window": 16, "heldout_bytes": 2000},
+        "models": {"a": {"preset": "E88_b56n32"}},
+        **parts,
+    }
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_shrinking_keeps_kind_heads_width_and_the_share_of_parameters(name: str) -> None:
+    config = PRESETS[name].config
+    small = shrunk(config, SMALL)
+    assert small.mixer.kind == config.mixer.kind and small.dim == pytest.approx(config.dim / 8, rel=0.25, abs=16)
+    if isinstance(config.mixer, E88Config) and isinstance(small.mixer, E88Config):
+        assert small.mixer.n_state == config.mixer.n_state and small.mixer.gate == config.mixer.gate
+        if config.mixer.n_heads >= 24:
+            assert projection_ratio(small) == pytest.approx(projection_ratio(config), rel=0.25)
+    wanted = config.depth * block_params(config) / SMALL.params
+    # The depth is a whole number, at least one.
+    assert abs(small.depth * block_params(small) - wanted) <= max(
+        0.51 * block_params(small), block_params(small) - wanted
+    )
+    assert shrunk(config, Shrink()) == config
+
+
+def test_models_are_solved_matched_and_overridden() -> None:
+    models = {
+        "a": {"preset": "E88_b56n32", "linear_state": True, "depth": 30},
+        "wide{dim}": {"kind": "e88", "params": "500M", "n_state": 32, "vary": {"dim": [1536, 2560]}},
+        "rival": {"preset": "mamba2-500m", "match": "a"},
+        "same": {"kind": "mamba2", "match": "a"},
+        "own": {"preset": "E88_b56n32", "smoke": {"preset": "tiny-e88"}},
+    }
+    study = parse_study("test", table(models=models))
+    full, smoke = study.model, lambda name: study.model(name, study.scales["smoke"])
+    assert full("a").depth == 30 and full("a").mixer.linear_state and smoke("a").mixer.linear_state  # type: ignore
+    for dim in (1536, 2560):
+        config = full(f"wide{dim}")
+        ratio = projection_ratio(config)
+        assert config.dim == dim and count_params(config) == pytest.approx(5e8, rel=0.01)
+        assert ratio is not None and 0.8 < ratio < 1.25
+        assert smoke(f"wide{dim}").dim == dim / 16
+    assert full("rival") == PRESETS["mamba2-500m"].config
+    assert count_params(full("same")) == pytest.approx(count_params(full("a")), rel=0.01)
+    assert count_params(smoke("rival")) == pytest.approx(count_params(smoke("a")), rel=0.2)
+    assert smoke("own") == PRESETS["tiny-e88"].config
+
+
+def test_an_experiment_has_each_run_once_seed_by_seed(text: Path) -> None:
+    models = {"a": {"preset": "plan-medium"}, "b": {"preset": "plan-depth32"}, "c": {"preset": "plan-depth16"}}
+    claim = {"says": "", "source": "", "lower": ["a", "c"]}
+    study = parse_study("test", table(models=models, claims={"x": claim}), data=str(text))
+    experiment = study.at("smoke")
+    assert len(experiment.planned) == 6 and len(experiment.runs) == 4
+    assert [run.spec.training.seed for run in experiment.runs] == [0, 0, 1, 1]
+    assert experiment.planned["a", "data", 1].id == experiment.planned["b", "data", 1].id
+    assert len(study.at("smoke", claims=["x"], seeds=5).runs) == 10
+    assert len({run.id for run in experiment.runs} | {run.id for run in study.at("full").runs}) == 6
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"modells": {}}, "did you mean"),
+        ({"models": {}}, r"\[models.NAME\]"),
+        ({"models": {"a": "tiny-e88"}}, "must be a table"),
+        ({"models": {"a": {"dim": 3}}}, "needs a preset"),
+        ({"models": {"a{x}": {"preset": "tiny-e88", "vary": {"dim": [1]}}}}, "vary only"),
+        ({"models": {"a": {"preset": "tiny-e99"}}}, "did you mean"),
+        ({"models": {"a": {"preset": "tiny-e88", "headz": 1}}}, "unknown"),
+        ({"models": {"a": {"kind": "mamba2", "params": "1M", "dim": 64}}}, "drop dim"),
+        ({"scales": {"smoke": {"seeds": 0}}}, "seeds must be"),
+        ({"scales": {"smoke": {"sees": 1}}}, "unknown"),
+        ({"budgets": {"data": {"huge": {"steps": 1}}}}, "huge"),
+        ({"budgets": {"data": {"full": {"steps": 1}}}}, "says nothing of scale"),
+        ({"budgets": {"data": {"smoke": {"steps": 1}, "exclusive": ["huge"]}}}, "list of scales"),
+        ({"training": {"batchsize": 4}}, "did you mean"),
+    ],
+)
+def test_wrong_specs_are_refused_in_one_line(text: Path, parts: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        _ = parse_study("test", table(**parts), data=str(text)).at("smoke").runs
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.toml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("scale", ["smoke", "gpu-short", "full"])
+def test_published_studies_can_run_at_every_scale(path: Path, scale: str, text: Path) -> None:
+    experiment = load_study(path, data=str(text)).at(scale)
+    assert experiment.claims and experiment.runs
+    sizes = {name: count_params(config) for name, config in experiment.configs.items()}
+    if scale == "smoke":
+        assert max(sizes.values()) < 600_000 and len(experiment.runs) <= 140
+    if path.stem == "dimension_sweep":
+        assert max(sizes.values()) <= min(sizes.values()) * (1.02 if scale == "full" else 1.2)
+    for name, config in experiment.configs.items():
+        assert ModelConfig.from_dict(config.to_dict()) == config, name
