@@ -11,7 +11,7 @@ from e88.errors import UserError
 from e88.models.config import E88Config, ModelConfig
 from e88.sizing.closed_form import block_params, count_params, projection_ratio
 from e88.sizing.presets import PRESETS
-from e88.study.design import load_study, parse_study
+from e88.study.design import Experiment, load_study, parse_study
 from e88.study.shapes import Shrink, shrunk
 
 STUDIES = Path(__file__).resolve().parents[2] / "studies"
@@ -106,14 +106,19 @@ def test_wrong_specs_are_refused_in_one_line(text: Path, parts: dict[str, Any], 
 
 
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.toml")), ids=lambda p: p.stem)
-@pytest.mark.parametrize("scale", ["smoke", "gpu-short", "full"])
-def test_published_studies_can_run_at_every_scale(path: Path, scale: str, text: Path) -> None:
-    experiment = load_study(path, data=str(text)).at(scale)
+def test_published_studies_can_run_at_every_scale(path: Path, text: Path) -> None:
+    study = load_study(path, data=str(text))
+    assert {"smoke", "full"} <= set(study.scales)
+    for scale in study.scales:
+        check_experiment(study.at(scale))
+
+
+def check_experiment(experiment: Experiment) -> None:
     assert experiment.claims and experiment.runs
     sizes = {name: count_params(config) for name, config in experiment.configs.items()}
-    if scale == "smoke":
+    if experiment.scale.name == "smoke":
         assert max(sizes.values()) < 600_000 and len(experiment.runs) <= 140
-    if path.stem == "dimension_sweep":
-        assert max(sizes.values()) <= min(sizes.values()) * (1.02 if scale == "full" else 1.2)
+    if experiment.study.name == "dimension_sweep":
+        assert max(sizes.values()) <= min(sizes.values()) * (1.02 if experiment.scale.name == "full" else 1.2)
     for name, config in experiment.configs.items():
         assert ModelConfig.from_dict(config.to_dict()) == config, name
