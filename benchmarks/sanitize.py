@@ -4,10 +4,10 @@
 
 memcheck finds accesses outside of a tensor, racecheck races in shared memory. Each backend is run under each tool in a
 process of its own, at small shapes: several widths of state, K different from V, a last segment cut short, packed
-sequences of which one is empty, with and without a write gate and a given state, in bf16 and float32. Results are
-compared with float64 on the way. First a call whose sequences end past the last token, which memcheck must find: it
-shows that the kernels are looked at. The exit code is 1 where anything else is found. Needs `compute-sanitizer` (of the
-CUDA toolkit) on the path.
+sequences of which one is empty, with and without a write gate and a given state, in bf16 and float32; and the kernels
+with which the backend `cuda` decodes. Results are compared with float64 on the way. First a call whose sequences end
+past the last token, which memcheck must find: it shows that the kernels are looked at. The exit code is 1 where
+anything else is found. Needs `compute-sanitizer` (of the CUDA toolkit) on the path.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import time
 import torch
 from torch import Tensor
 
-from e88.ops import tanh_delta_rule
+from e88.ops import few_rows, fused_tanh_delta_rule_step, tanh_delta_rule
 from e88.ops.accuracy import TOLERANCE, Shape, draw, relative_errors, worst
 
 SIZES = ((16, 16), (32, 32), (40, 40), (64, 64), (128, 128), (32, 64), (64, 24))
@@ -66,6 +66,41 @@ def run_shapes(backend: str, device: str = "cuda") -> int:
             wrong += 1
             print(f"{backend} {shape} {dtype} packed={packed}: {name} is off by {error:.1e}", flush=True)
     return wrong
+
+
+@torch.no_grad()
+def run_decoding(device: str = "cuda") -> int:
+    """One-token steps and products with few rows, as decoding calls them; the number of those off from float64."""
+    wrong = 0
+    for dtype, K, V in CASES:
+        widths = (HEADS * (2 * K + V), HEADS, HEADS, HEADS * V)
+        qkv, a, b, gate = (torch.randn(2, width, device=device).to(dtype) for width in widths)
+        vectors = [torch.randn(HEADS, device=device) for _ in range(2)]
+        state = torch.randn(2, HEADS, K, V, device=device).tanh()
+        sizes = {"n_heads": HEADS, "head_k_dim": K, "head_v_dim": V}
+        inputs = [qkv, a, *vectors, b, gate, state]
+        exact = [x.cpu().double() for x in inputs]
+        actual, expected = (
+            fused_tanh_delta_rule_step(*x[:4], b=x[4], gate=x[5], state=x[6], inplace=True, **sizes)
+            for x in (inputs, exact)
+        )
+        wrong += report(f"step K{K} V{V} {dtype}", actual, expected, dtype)
+    for D, N in ((64, 17), (200, 40)):
+        h, norm = torch.randn(2, D, device=device), torch.rand(D, device=device)
+        weight, update = (torch.randn(n, D, device=device).bfloat16() for n in (N, 2))
+        actual = few_rows.norm_linear(h, update, norm, 1e-5, weight)
+        total = h.cpu().double() + update.cpu().double()
+        scaled = torch.nn.functional.rms_norm(total, (D,), norm.cpu().double(), 1e-5)
+        wrong += report(f"norm and product D{D} N{N}", actual, (total, scaled @ weight.cpu().double().T), weight.dtype)
+    return wrong
+
+
+def report(name: str, actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
+    pairs = zip(actual, expected, strict=True)
+    error = max(float((x.cpu().double() - y).norm() / y.norm()) for x, y in pairs)
+    if not error <= TOLERANCE[dtype]:
+        print(f"{name}: off by {error:.1e}", flush=True)
+    return not error <= TOLERANCE[dtype]
 
 
 def run_past_the_end(backend: str) -> None:
@@ -115,7 +150,8 @@ def main() -> int:
         run_past_the_end(arguments.inside)
         return 0
     if arguments.inside:
-        return 1 if run_shapes(arguments.inside) else 0
+        wrong = run_shapes(arguments.inside) + (run_decoding() if arguments.inside == "cuda" else 0)
+        return 1 if wrong else 0
     if shutil.which("compute-sanitizer") is None:
         parser.error("compute-sanitizer is not on the path; install the CUDA toolkit")
     verdicts = []

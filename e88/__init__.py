@@ -17,6 +17,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 _LAZY = {
     "fused_tanh_delta_rule": "e88.ops",
+    "fused_tanh_delta_rule_step": "e88.ops",
     "tanh_delta_rule": "e88.ops",
     "tanh_delta_rule_step": "e88.ops",
     "E88Layer": "e88.layers.e88",

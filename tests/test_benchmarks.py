@@ -59,3 +59,27 @@ def test_training_reports_no_speed_for_a_wrong_rival(monkeypatch, capsys):
     monkeypatch.setattr(gated_deltanet, "gated_delta_rule", wrong)
     code, out = run("training", monkeypatch, capsys, "tiny-gdn", *SMALL[1:])
     assert code == 1 and "tiny-gdn: its layer is wrong" in out and "no speed is reported" in out and "tok/s" not in out
+
+
+DECODE = ("tiny-e88", "--batch", "1", "2", "--seconds", "0", "--device", "cpu")
+
+
+def test_decode_reports_its_share_of_the_floor(monkeypatch, capsys):
+    code, out = run("decode", monkeypatch, capsys, *DECODE, "--json")
+    result = json.loads(out)
+    assert code == 0
+    assert [row["batch"] for row in result["rows"]] == [1, 2]
+    for row in result["rows"]:
+        assert 0 < row["share_of_floor"] and max(row["errors"].values()) < 1e-4
+        # 4 bytes of each parameter; 6 heads of 32 x 32 and the convolution's 3 last inputs, read and written.
+        assert 1.5e6 < row["weight_bytes"] / 4 < 1.6e6
+        assert row["state_bytes"] == 2 * 4 * 8 * row["batch"] * (6 * 32 * 32 + 3 * 3 * 192)
+
+
+def test_decode_reports_no_speed_for_a_wrong_step(monkeypatch, capsys):
+    import e88.ops.cpu as cpu
+
+    right = cpu.run
+    monkeypatch.setattr(cpu, "run", lambda *a: (right(*a)[0] * 1.01, right(*a)[1]))
+    code, out = run("decode", monkeypatch, capsys, *DECODE)
+    assert code == 1 and "no speed is reported" in out and "tok/s" not in out

@@ -26,6 +26,11 @@ class Codec:
         """What a checkpoint keeps: the tokenizer's name and whole JSON, or None for bytes."""
         return {"name": self.tokenizer.name, "json": self.tokenizer.json} if self.tokenizer else None
 
+    @property
+    def longest(self) -> int:
+        """The most bytes that one id stands for."""
+        return max(int(self.tokenizer.lengths.max()), 1) if self.tokenizer else 1
+
     def encode(self, text: bytes) -> np.ndarray:
         """int64 [n] ids of a text; UserError where a tokenizer is given bytes that are not UTF-8."""
         if self.tokenizer is None:

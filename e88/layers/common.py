@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from e88.ops import few_rows
 from e88.ops.norms import rms_norm
 
 
@@ -52,6 +53,13 @@ class ResidualRMSNorm(RMSNorm):
             return add_rms_norm(h, update, self.weight, self.eps, dtype)
         h = h if update is None else h + update
         return h, rms_norm(h, self.weight, self.eps)
+
+    def project(self, h: Tensor, update: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """As forward, with the norm multiplied by weight [N, dim] transposed: [B, dim] -> [B, dim], [B, N]."""
+        if few_rows.norm_linear_serves(h, update, weight):
+            return few_rows.norm_linear(h, update, self.weight, self.eps, weight)
+        h, x = self(h, update)
+        return h, few_rows.linear(x, weight)
 
 
 class GatedRMSNorm(RMSNorm):

@@ -13,8 +13,7 @@ from e88.layers.common import RMSNorm, ShortConv, decay_parameters, exempt_from_
 from e88.layers.linear import joint_linear
 from e88.layers.mixer import Mixer, State
 from e88.models.config import E88Config
-from e88.ops import fused_tanh_delta_rule, tanh_delta_rule_step
-from e88.ops.edges import log_decay, split_heads
+from e88.ops import few_rows, fused_tanh_delta_rule, fused_tanh_delta_rule_step
 from e88.ops.norms import wide, wide_dtype
 
 
@@ -56,7 +55,7 @@ class E88Layer(Mixer):
         return f"{self.config}, backend={self.backend!r}"
 
     def decay(self, x: Tensor, a: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The operator's a, A_log and dt_bias for x [..., D] and a = a_proj(x); log d_t, None, None in some modes."""
+        """The operator's a, A_log and dt_bias for x [..., C] and a = a_proj(x); log d_t, None, None in some modes."""
         mode, heads = self.config.decay, self.config.n_heads
         if mode == "mamba":
             assert a is not None
@@ -70,10 +69,15 @@ class E88Layer(Mixer):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """qkv, output gate, a and write gate for x [..., D], before any activation; None where there is no such."""
-        projections = (self.qkv_proj, self.g_proj, self.a_proj, self.b_proj)
-        qkv, *others = joint_linear(x, [p for p in projections if p is not None])
-        outputs = iter(others)
-        gate, a, b = (None if p is None else next(outputs) for p in projections[1:])
+        return self._named(joint_linear(x, self._projections()))
+
+    def _projections(self) -> list[nn.Linear]:
+        return [p for p in (self.qkv_proj, self.g_proj, self.a_proj, self.b_proj) if p is not None]
+
+    def _named(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        qkv, *others = outputs
+        rest = iter(others)
+        gate, a, b = (None if p is None else next(rest) for p in (self.g_proj, self.a_proj, self.b_proj))
         return qkv, gate, a, b
 
     @property
@@ -117,15 +121,32 @@ class E88Layer(Mixer):
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One token: x [B, D] -> [B, D]."""
-        qkv, gate, a, b = self._project(x)
+        return self._step(*self._project(x), state, False)
+
+    @torch.no_grad()
+    def join_projections(self) -> None:
+        projections = self._projections()
+        self.joined = torch.cat([p.weight for p in projections])
+        # Each stays what it was, now as rows of the whole, so that nothing is held twice.
+        for projection, rows in zip(projections, self.joined.split([p.out_features for p in projections]), strict=True):
+            projection.weight = nn.Parameter(rows, requires_grad=False)
+
+    def step_joined(self, p: Tensor, state: State, *, inplace: bool = False) -> tuple[Tensor, State]:
+        parts = p.split([projection.out_features for projection in self._projections()], dim=-1)
+        return self._step(*self._named(parts), state, inplace)
+
+    def _step(
+        self, qkv: Tensor, gate: Tensor | None, a: Tensor | None, b: Tensor | None, state: State, inplace: bool
+    ) -> tuple[Tensor, State]:
+        c = self.config
         new_state: State = {}
         if self.qkv_conv is not None:
             qkv, new_state["conv"] = self.qkv_conv(qkv.unsqueeze(1), state["conv"])
             qkv = qkv.squeeze(1)
-        c = self.config
-        q, k, v = split_heads(qkv, c.n_heads, c.head_k_dim, c.head_v_dim)
-        y, new_state["S"] = tanh_delta_rule_step(
-            q, k, v, log_decay(*self.decay(x, a)), None if b is None else torch.sigmoid(wide(b)),
-            state=state["S"], activation=self.activation, backend=self.backend,
+        y, new_state["S"] = fused_tanh_delta_rule_step(
+            qkv, *self.decay(qkv, a), n_heads=c.n_heads, head_k_dim=c.head_k_dim, head_v_dim=c.head_v_dim,
+            b=b, gate=gate if self.o_norm is None else None, state=state["S"],
+            activation=self.activation, backend=self.backend, inplace=inplace,
         )  # fmt: skip
-        return self.o_proj(self._norm_and_gate(y.flatten(-2), gate)), new_state
+        y = y if self.o_norm is None else self._norm_and_gate(y, gate)
+        return few_rows.linear(y, self.o_proj.weight), new_state

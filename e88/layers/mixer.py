@@ -33,7 +33,12 @@ class Mixer(nn.Module):
     Subclasses are built as `cls(dim, config)`, leave every parameter initialised, and name their output projection
     `o_proj` or `out_proj` (the model scales it with depth). Parameters with `_no_weight_decay = True` are exempt
     from weight decay. One that can run in several ways has a `backend`, `auto` or a name, and notes which one ran.
+
+    Where `join_projections` finds several projections of the same input, decoding makes one product of them:
+    `step_joined(x @ joined.T, state)` is `step(x, state)`.
     """
+
+    joined: Tensor | None = None
 
     def forward(
         self, x: Tensor, state: State | None = None, *, return_state: bool = False
@@ -50,6 +55,13 @@ class Mixer(nn.Module):
         y, new_state = self.forward(x.unsqueeze(1), state, return_state=True)
         assert new_state is not None
         return y.squeeze(1), new_state
+
+    def join_projections(self) -> None:
+        """Lay the projections of the input side by side in one matrix `joined` [P, D], for decoding only."""
+
+    def step_joined(self, p: Tensor, state: State, *, inplace: bool = False) -> tuple[Tensor, State]:
+        """`step` from the joined projections p [B, P]; `inplace` may write the new state over the old one."""
+        raise NotImplementedError
 
 
 def build_mixer(dim: int, config: MixerConfig) -> Mixer:

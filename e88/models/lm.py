@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from e88.layers.common import ResidualRMSNorm
 from e88.layers.mixer import State, build_mixer
 from e88.models.config import ModelConfig
+from e88.ops.norms import wide
 
 LMState = list[State]
 INIT_STD = 0.02
@@ -54,10 +55,14 @@ class Block(nn.Module):
         y, new_state = self.mixer(x, state, return_state=return_state)
         return *self._mlp(h, y), new_state
 
-    def step(self, h: Tensor, add: Tensor | None, state: State) -> tuple[Tensor, Tensor, State]:
+    def step(self, h: Tensor, add: Tensor | None, state: State, inplace: bool) -> tuple[Tensor, Tensor, State]:
         """As forward, for one token: h, add [B, D]."""
-        h, x = self.norm(h, add)
-        y, new_state = self.mixer.step(x, state)
+        if self.mixer.joined is None:
+            h, x = self.norm(h, add)
+            y, new_state = self.mixer.step(x, state)
+        else:
+            h, p = self.norm.project(h, add, self.mixer.joined)
+            y, new_state = self.mixer.step_joined(p, state, inplace=inplace)
         return *self._mlp(h, y), new_state
 
     def init_state(self, batch: int, device: torch.device | None) -> State:
@@ -104,7 +109,7 @@ class LanguageModel(nn.Module):
         self, tokens: Tensor, state: LMState | None = None, return_state: bool = False
     ) -> tuple[Tensor, LMState]:
         """tokens [B, T] -> normalised residual stream [B, T, D], and the state after them (empty unless asked for)."""
-        h, add = self.embedding(tokens), None
+        h, add = wide(self.embedding(tokens)), None
         states: LMState = []
         for i, block in enumerate(self.blocks):
             h, add, new_state = block(h, add, None if state is None else state[i], return_state)
@@ -130,11 +135,11 @@ class LanguageModel(nn.Module):
         h, states = self.hidden(tokens, state, return_state=True)
         return F.linear(h[:, -1], self.embedding.weight), states
 
-    def step(self, token: Tensor, state: LMState) -> tuple[Tensor, LMState]:
-        """One token [B] -> logits [B, N] and the new state."""
-        h, add = self.embedding(token), None
+    def step(self, token: Tensor, state: LMState, *, inplace: bool = False) -> tuple[Tensor, LMState]:
+        """One token [B] -> logits [B, N] and the new state, which `inplace` may write over the old one."""
+        h, add = wide(self.embedding(token)), None
         states: LMState = []
         for block, block_state in zip(self.blocks, state, strict=True):
-            h, add, new_state = block.step(h, add, block_state)  # type: ignore[operator]
+            h, add, new_state = block.step(h, add, block_state, inplace)  # type: ignore[operator]
             states.append(new_state)
-        return F.linear(self.norm(h, add)[1], self.embedding.weight), states
+        return self.norm.project(h, add, self.embedding.weight)[1], states

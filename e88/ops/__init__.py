@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from e88.ops.backends import available_backends, choose, record_backends
-from e88.ops.contract import check, check_fused, check_step
+from e88.ops.contract import check, check_fused, check_fused_step, check_step
 from e88.ops.edges import composed
 
-__all__ = ["available_backends", "fused_tanh_delta_rule", "record_backends", "tanh_delta_rule", "tanh_delta_rule_step"]
+__all__ = [
+    "available_backends",
+    "fused_tanh_delta_rule",
+    "fused_tanh_delta_rule_step",
+    "record_backends",
+    "tanh_delta_rule",
+    "tanh_delta_rule_step",
+]
 
 
 def tanh_delta_rule(
@@ -138,3 +146,43 @@ def tanh_delta_rule_step(
     rows = (x.unsqueeze(1) for x in (q, k, v, g))
     y, new_state = module.run(*rows, gate, state, None, activation)
     return y.squeeze(1), new_state
+
+
+def fused_tanh_delta_rule_step(
+    qkv: Tensor,
+    a: Tensor,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    *,
+    n_heads: int,
+    head_k_dim: int,
+    head_v_dim: int,
+    state: Tensor,
+    b: Tensor | None = None,
+    gate: Tensor | None = None,
+    activation: str = "tanh",
+    backend: str = "auto",
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """One token of `fused_tanh_delta_rule`; equal to the parallel call with T = 1.
+
+    Args:
+        qkv: [B, H*(2K+V)], or [B, 2*H*K] tied. a, b: [B, H]. gate: [B, H*V].
+        state: [B, H, K, V], left as it is unless `inplace`, which writes the new state over it and returns it.
+
+    Returns:
+        y [B, H*V] in qkv's dtype and the new state [B, H, K, V].
+
+    Raises:
+        UserError: as `tanh_delta_rule`.
+    """
+    sizes = (n_heads, head_k_dim, head_v_dim)
+    inputs = (qkv, a, A_log, dt_bias, b, gate, state)
+    module = choose(check_fused_step(*inputs, activation, sizes), backend)
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    if hasattr(module, "fused_step") and not needs_grad:
+        return module.fused_step(*inputs, activation, sizes, inplace)
+    beta, opening = (None if x is None else x.unsqueeze(1) for x in (b, gate))
+    rows = (qkv.unsqueeze(1), a.unsqueeze(1), A_log, dt_bias, beta, opening)
+    y, new_state = composed(module.run, *rows, state, None, activation, sizes)
+    return y.squeeze(1), state.copy_(new_state) if inplace else new_state

@@ -20,7 +20,7 @@ from e88.ops.contract import MAX_DIM, Problem
 
 
 class Backend(NamedTuple):
-    """A row of the table. `module` is imported on first use and has `run`, and perhaps `run_fused` and `step`.
+    """A row of the table. `module` is imported on first use and has `run`, perhaps `run_fused`, `step`, `fused_step`.
 
     `supports` gives the reason why a problem cannot be served, or None; `missing` the same for this machine,
     whatever the problem.

@@ -67,13 +67,47 @@ def check_fused(
     sizes: tuple[int, int, int],
 ) -> Problem:
     """Check a call from raw projections and describe it. Raises UserError with a remedy."""
+    B, T = _check_projections(qkv, a, A_log, dt_bias, b, gate, sizes, "B, T")
+    N = B if cu_seqlens is None else _check_cu_seqlens(cu_seqlens, B, T)
+    _check_state("initial_state", initial_state, (N, *sizes), qkv)
+    return _problem(*sizes[1:], qkv, activation)
+
+
+def check_fused_step(
+    qkv: Tensor,
+    a: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    b: Tensor | None,
+    gate: Tensor | None,
+    state: Tensor,
+    activation: str,
+    sizes: tuple[int, int, int],
+) -> Problem:
+    """Check a one-token call from raw projections and describe it. Raises UserError with a remedy."""
+    (B,) = _check_projections(qkv, a, A_log, dt_bias, b, gate, sizes, "B")
+    _check_state("state", state, (B, *sizes), qkv)
+    return _problem(*sizes[1:], qkv, activation)
+
+
+def _check_projections(
+    qkv: Tensor,
+    a: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    b: Tensor | None,
+    gate: Tensor | None,
+    sizes: tuple[int, int, int],
+    letters: str,
+) -> tuple[int, ...]:
+    """The leading sizes, named by `letters`, that all have in common."""
     H, K, V = sizes
     if H < 1:
         raise UserError(f"n_heads must be at least 1, got {H}; pass the number of heads")
     _check_sizes(K, V)
-    if qkv.dim() != 3:
-        raise UserError(f"qkv must be [B, T, H*(2K+V)], got {_shape(qkv)}; reshape it to one row per token")
-    B, T, width = qkv.shape
+    if qkv.dim() != letters.count(",") + 2:
+        raise UserError(f"qkv must be [{letters}, H*(2K+V)], got {_shape(qkv)}; reshape it to one row per token")
+    *lead, width = qkv.shape
     if width != H * (2 * K + V) and not (K == V and width == 2 * H * K):
         tied = f", or {2 * H * K} with tied k and v" if K == V else ""
         raise UserError(f"qkv must have {H * (2 * K + V)} channels for H, K, V = {H}, {K}, {V}{tied}, got {width}")
@@ -86,14 +120,12 @@ def check_fused(
             _check_gate(name, vector, (H,), "H", qkv, "qkv")
     for name, scalar in (("a", a), ("b", b)):
         if scalar is not None:
-            _check_gate(name, scalar, (B, T, H), "B, T, H", qkv, "qkv")
+            _check_gate(name, scalar, (*lead, H), f"{letters}, H", qkv, "qkv")
     if gate is not None:
-        _check_gate("gate", gate, (B, T, H * V), "B, T, H*V", qkv, "qkv")
+        _check_gate("gate", gate, (*lead, H * V), f"{letters}, H*V", qkv, "qkv")
         if gate.dtype != qkv.dtype:
             raise UserError(f"gate is {gate.dtype} but qkv is {qkv.dtype}; cast them to one dtype")
-    N = B if cu_seqlens is None else _check_cu_seqlens(cu_seqlens, B, T)
-    _check_state("initial_state", initial_state, (N, H, K, V), qkv)
-    return _problem(K, V, qkv, activation)
+    return tuple(lead)
 
 
 def check_step(

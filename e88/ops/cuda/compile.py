@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from e88.errors import UserError
 from e88.files import write_atomic
@@ -29,7 +33,7 @@ def source(kernel: str) -> str:
 
 
 def compile_cubin(kernel: str, arch: str, defines: dict[str, int]) -> bytes:
-    """Machine code of `kernel` ("forward" or "backward") for `arch` ("sm_90"), from the disk if it is there."""
+    """Machine code of `kernel` ("forward", say) for `arch` ("sm_90"), from the disk if it is there."""
     from cuda.bindings import nvrtc
 
     error, major, minor = nvrtc.nvrtcVersion()
@@ -76,6 +80,27 @@ def _check(error: Any) -> None:
         raise RuntimeError(f"CUDA call failed: {error!r}")
 
 
+_overlap: ContextVar[bool] = ContextVar("e88_overlap", default=False)
+
+
+@contextmanager
+def overlapped() -> Iterator[None]:
+    """Inside, kernels of a decoding step begin while the one before ends, where the device can (Hopper and newer).
+
+    They read weights and recurrent states early, so these must have been written at least two launches before.
+    """
+    token = _overlap.set(True)
+    try:
+        yield
+    finally:
+        _overlap.reset(token)
+
+
+def overlapping(device: int) -> bool:
+    """Whether a decoding kernel launched now is to begin early."""
+    return _overlap.get() and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 class Kernel:
     """A loaded kernel; call it with a launch shape, a stream and arguments (ctypes values, in order)."""
 
@@ -111,14 +136,30 @@ class Kernel:
             _check(error)
         return found
 
-    def __call__(self, blocks: int, threads: int, stream: int, arguments: list[Any]) -> None:
+    def __call__(self, blocks: int, threads: int, stream: int, arguments: list[Any], *, overlap: bool = False) -> None:
+        """`overlap`: begin before the kernel launched last has ended, which this one must wait for by itself."""
         # A thread that has only allocated from torch's cache, as autograd's may have, has no context of its own yet.
         error, context = self._driver.cuCtxGetCurrent()
         _check(error)
         if int(context) == 0:
             _check(self._driver.cuCtxSetCurrent(self._context)[0])
         slots = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(value) for value in arguments))
-        (error,) = self._driver.cuLaunchKernel(
-            self._function, blocks, 1, 1, threads, 1, 1, self._shared_bytes, stream, ctypes.addressof(slots), 0
-        )
+        if overlap:
+            launch = self._overlapping(blocks, threads, stream)
+            (error,) = self._driver.cuLaunchKernelEx(launch, self._function, ctypes.addressof(slots), 0)
+        else:
+            (error,) = self._driver.cuLaunchKernel(
+                self._function, blocks, 1, 1, threads, 1, 1, self._shared_bytes, stream, ctypes.addressof(slots), 0
+            )
         _check(error)
+
+    def _overlapping(self, blocks: int, threads: int, stream: int) -> Any:
+        attribute = self._driver.CUlaunchAttribute()
+        attribute.id = self._driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        launch = self._driver.CUlaunchConfig()
+        launch.gridDimX, launch.gridDimY, launch.gridDimZ = blocks, 1, 1
+        launch.blockDimX, launch.blockDimY, launch.blockDimZ = threads, 1, 1
+        launch.sharedMemBytes, launch.hStream = self._shared_bytes, stream
+        launch.attrs, launch.numAttrs = [attribute], 1
+        return launch

@@ -14,9 +14,10 @@ from torch import Tensor
 from e88.ops.cuda.fused import fused_forward
 from e88.ops.cuda.launch import checkpoint_rows, launch, plan_for, resources, rows
 from e88.ops.cuda.plan import NO_EDGES, Plan
+from e88.ops.cuda.step import fused_step
 from e88.ops.edges import composed
 
-__all__ = ["resources", "run", "run_fused"]
+__all__ = ["fused_step", "resources", "run", "run_fused"]
 
 
 def run(

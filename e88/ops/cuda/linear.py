@@ -1,0 +1,104 @@
+"""Products with few rows at the speed of reading the weights, with residual sum and norm before them (`linear.cu`).
+
+B rows, D columns of the input, N of the output
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from e88.ops.cuda.compile import Kernel, compile_cubin, overlapping
+
+# With more rows a library's products are faster: every block reads all of x.
+MAX_ROWS = 2
+ROWS_A_BLOCK = 16
+
+
+def supports(x: Tensor, weight: Tensor) -> bool:
+    """Whether x [B, D] and weight [N, D] are what the kernel is for."""
+    D = x.shape[-1]
+    suits = x.dim() == 2 and 1 <= x.shape[0] <= MAX_ROWS and D % 8 == 0 and weight.dtype == torch.bfloat16
+    return suits and weight.is_contiguous() and weight.data_ptr() % 16 == 0 and shared_bytes(x.shape[0], D) <= 98304
+
+
+def shared_bytes(B: int, D: int) -> int:
+    """Dynamic shared memory: rows of x as bf16, a little apart."""
+    return B * 2 * (-(-D // 64) * 64 + 32)
+
+
+def defines(B: int, D: int, norm: bool, add: bool, many: bool) -> dict[str, int]:
+    """What the host sets in `linear.cu`; smaller blocks where there are `many`, that is more than multiprocessors."""
+    shape = {"WARPS": 4, "RESIDENT": 4} if many else {"WARPS": 16, "RESIDENT": 1}
+    return {"B": B, "D": D, **shape, "NORM": int(norm), "ADD": int(add)}
+
+
+@cache
+def _kernel(device: int, B: int, D: int, norm: bool, add: bool, many: bool) -> tuple[Kernel, int]:
+    """The kernel and its threads a block."""
+    major, minor = torch.cuda.get_device_capability(device)
+    chosen = defines(B, D, norm, add, many)
+    code = compile_cubin("linear", f"sm_{major}{minor}", chosen)
+    return Kernel(code, "e88_linear", device, shared_bytes(B, D)), 32 * chosen["WARPS"]
+
+
+@cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _launch(
+    x: Tensor,
+    update: Tensor | None,
+    norm: Tensor | None,
+    weight: Tensor,
+    y: Tensor,
+    stream: Tensor | None,
+    eps: float,
+) -> None:
+    device, (B, D), N = x.device.index, x.shape, weight.shape[0]
+    pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (x, update, norm, weight, y, stream)]
+    arguments: list[Any] = [*pointers, ctypes.c_int(N), ctypes.c_float(eps)]
+    blocks = -(-N // ROWS_A_BLOCK)
+    with torch.cuda.device(device):
+        many = blocks > _multiprocessors(device)
+        kernel, threads = _kernel(device, B, D, norm is not None, update is not None, many)
+        current = torch.cuda.current_stream(device).cuda_stream
+        kernel(blocks, threads, current, arguments, overlap=overlapping(device))
+
+
+@torch.library.custom_op("e88::few_rows_linear", mutates_args=(), device_types="cuda")
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [B, D] times weight [N, D] transposed, both bf16."""
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    _launch(x.contiguous(), None, None, weight, y, None, 0.0)
+    return y
+
+
+@linear.register_fake
+def _linear_fake(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.custom_op("e88::few_rows_norm_linear", mutates_args=(), device_types="cuda")
+def norm_linear(h: Tensor, update: Tensor | None, norm: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """h [B, D] float32, update [B, D] bf16 or None -> (h + update, its root-mean-square norm times weight^T in bf16).
+
+    Without an update the first result is empty, since a result may not be an argument.
+    """
+    stream, y = _norm_linear_fake(h, update, norm, weight, eps)
+    update = None if update is None else update.contiguous()
+    _launch(h.contiguous(), update, norm, weight, y, None if update is None else stream, eps)
+    return stream, y
+
+
+@norm_linear.register_fake
+def _norm_linear_fake(
+    h: Tensor, update: Tensor | None, norm: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    stream = h.new_empty(0 if update is None else h.shape)
+    return stream, weight.new_empty(h.shape[0], weight.shape[0])

@@ -1,0 +1,200 @@
+"""One token on the CUDA backend: projections in, gated output and new state out, in one launch (`step.cu`).
+
+Letters as in `e88.ops.contract`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from e88.ops.cuda.compile import Kernel, compile_cubin, overlapping
+from e88.ops.cuda.linear import MAX_ROWS
+from e88.ops.cuda.plan import DTYPES
+
+# Of one head, in a warp (`step.cu`).
+COLUMNS = 16
+
+
+def fused_step(
+    qkv: Tensor,
+    a: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    b: Tensor | None,
+    gate: Tensor | None,
+    state: Tensor,
+    activation: str,
+    sizes: tuple[int, int, int],
+    inplace: bool,
+) -> tuple[Tensor, Tensor]:
+    """The backend's `fused_tanh_delta_rule_step`: y [B, H * V] and the new state; not differentiable."""
+    H, K, V = sizes
+    qkv, a = _row(qkv), _row(a if a.dtype in DTYPES else a.float())
+    b, gate = (None if x is None else _row(x.to(qkv.dtype)) for x in (b, gate))
+    A_log, dt_bias = (None if x is None else x.float().contiguous() for x in (A_log, dt_bias))
+    arguments = (qkv, a, A_log, dt_bias, b, gate)
+    tanh = activation == "tanh"
+    if inplace and state.dtype == torch.float32:
+        return _step_in_place(*arguments, state, H, K, V, tanh), state
+    y, new_state = _step(*arguments, state.float(), H, K, V, tanh)
+    return y, state.copy_(new_state) if inplace else new_state
+
+
+def _packed(state: Tensor) -> Tensor:
+    """The state as rows that start at multiples of 16 bytes; a copy only if needed."""
+    state = state.contiguous()
+    return state if state.data_ptr() % 16 == 0 else state.clone()
+
+
+def _row(x: Tensor) -> Tensor:
+    """`x` [B, C], each row packed; a copy only if needed."""
+    return x if x.shape[1] == 1 or x.stride(1) == 1 else x.contiguous()
+
+
+@cache
+def _kernel(device: int, defines: tuple[tuple[str, int], ...]) -> Kernel:
+    major, minor = torch.cuda.get_device_capability(device)
+    return Kernel(compile_cubin("step", f"sm_{major}{minor}", dict(defines)), "e88_step", device, 0)
+
+
+def defines(
+    K: int,
+    V: int,
+    dtype: torch.dtype,
+    a_dtype: torch.dtype,
+    *,
+    tanh: bool,
+    tied: bool,
+    decay: bool,
+    beta: bool,
+    gate: bool,
+) -> dict[str, int]:
+    """What the host sets in `step.cu`; decay says whether `a` is raw."""
+    return {
+        "K": K,
+        "V": V,
+        "DTYPE": DTYPES[dtype],
+        "A_DTYPE": DTYPES[a_dtype],
+        "TANH": int(tanh),
+        "TIED": int(tied),
+        "DECAY": int(decay),
+        "BETA": int(beta),
+        "GATE": int(gate),
+    }
+
+
+def _launch(
+    qkv: Tensor,
+    a: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    b: Tensor | None,
+    gate: Tensor | None,
+    state: Tensor,
+    y: Tensor,
+    new_state: Tensor,
+    sizes: tuple[int, int, int],
+    tanh: bool,
+) -> None:
+    H, K, V = sizes
+    tied = qkv.shape[1] == 2 * H * K
+    flags = {"tanh": tanh, "tied": tied, "decay": A_log is not None, "beta": b is not None, "gate": gate is not None}
+    chosen = defines(K, V, qkv.dtype, a.dtype, **flags)
+    warps = qkv.shape[0] * H * -(-V // COLUMNS)
+    if warps == 0:
+        return
+    arguments: list[Any] = [_pointer(x) for x in (qkv, a, A_log, dt_bias, b, gate, state, y, new_state)]
+    arguments += [ctypes.c_int64(0 if x is None else x.stride(0)) for x in (qkv, a, b, gate)]
+    arguments += [ctypes.c_int(H), ctypes.c_int(warps)]
+    device = qkv.device.index
+    # Few warps are spread over all multiprocessors. After a library's product an early start gains nothing.
+    threads = 32 if warps <= 1024 else 128
+    overlap = qkv.shape[0] <= MAX_ROWS and overlapping(device)
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        kernel = _kernel(device, tuple(chosen.items()))
+        kernel(-(-32 * warps // threads), threads, stream, arguments, overlap=overlap)
+
+
+def _pointer(x: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
+
+
+@torch.library.custom_op("e88::cuda_step", mutates_args=(), device_types="cuda")
+def _step(
+    qkv: Tensor,
+    a: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    b: Tensor | None,
+    gate: Tensor | None,
+    state: Tensor,
+    H: int,
+    K: int,
+    V: int,
+    tanh: bool,
+) -> tuple[Tensor, Tensor]:
+    y, new_state = _step_fake(qkv, a, A_log, dt_bias, b, gate, state, H, K, V, tanh)
+    _launch(qkv, a, A_log, dt_bias, b, gate, _packed(state), y, new_state, (H, K, V), tanh)
+    return y, new_state
+
+
+@_step.register_fake
+def _step_fake(
+    qkv: Tensor,
+    a: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    b: Tensor | None,
+    gate: Tensor | None,
+    state: Tensor,
+    H: int,
+    K: int,
+    V: int,
+    tanh: bool,
+) -> tuple[Tensor, Tensor]:
+    return qkv.new_empty(qkv.shape[0], H * V), state.new_empty(state.shape)
+
+
+@torch.library.custom_op("e88::cuda_step_in_place", mutates_args=("state",), device_types="cuda")
+def _step_in_place(
+    qkv: Tensor,
+    a: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    b: Tensor | None,
+    gate: Tensor | None,
+    state: Tensor,
+    H: int,
+    K: int,
+    V: int,
+    tanh: bool,
+) -> Tensor:
+    y = _step_in_place_fake(qkv, a, A_log, dt_bias, b, gate, state, H, K, V, tanh)
+    packed = _packed(state)
+    _launch(qkv, a, A_log, dt_bias, b, gate, packed, y, packed, (H, K, V), tanh)
+    if packed is not state:
+        state.copy_(packed)
+    return y
+
+
+@_step_in_place.register_fake
+def _step_in_place_fake(
+    qkv: Tensor,
+    a: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    b: Tensor | None,
+    gate: Tensor | None,
+    state: Tensor,
+    H: int,
+    K: int,
+    V: int,
+    tanh: bool,
+) -> Tensor:
+    return qkv.new_empty(qkv.shape[0], H * V)
