@@ -31,11 +31,11 @@ class _JointLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         rows = [len(weight) for weight in weights]
-        parts = [weight.to(x.dtype) for weight in weights]
         padding = -sum(rows) % ALIGN
-        if padding:
-            parts.append(x.new_zeros(padding, x.shape[-1]))
-        joint = torch.cat(parts) if len(parts) > 1 else parts[0]
+        joint = x.new_empty(sum(rows) + padding, x.shape[-1])
+        for part, weight in zip(joint.split([*rows, padding]), weights, strict=False):
+            part.copy_(weight)
+        joint[sum(rows) :] = 0
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, joint)
         ctx.rows, ctx.dtypes = rows, [weight.dtype for weight in weights]
