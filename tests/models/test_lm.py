@@ -112,3 +112,21 @@ def test_impossible_configurations_are_one_line_errors(change, message):
     with pytest.raises(UserError, match=message) as caught:
         ModelConfig.from_dict({**base, **change})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_model_compiles_without_a_graph_break(device):
+    mixer = E88Config(n_heads=2, n_state=16, gate=True)
+    m = model(mixer, dtype=torch.float32, dim=32).to(device)
+    if device == "cpu":
+        m.set_backend("checkpointed")
+    windows = torch.randint(256, (2, 20), device=device)
+
+    def gradients(nll):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+            loss = nll(windows).mean()
+        return [loss, *torch.autograd.grad(loss, list(m.parameters()))]
+
+    got = gradients(torch.compile(m.nll, fullgraph=True, backend="aot_eager"))
+    for a, b in zip(got, gradients(m.nll), strict=True):
+        assert error(a, b) < (1e-5 if device == "cpu" else 2e-2)
