@@ -100,7 +100,7 @@ def render_terminal(report: StudyReport, width: int | None = None) -> str:
         table.add_column(title, overflow="fold")
     styles = {CONFIRMED: "green", REFUTED: "red", UNDECIDED: "yellow"}
     for verdict in report.verdicts:
-        cells = [verdict.claim.name, verdict.outcome, verdict.scale, _seeds(verdict), estimate_text(verdict),
+        cells = [verdict.claim.name, verdict.outcome, _scale(verdict), _seeds(verdict), estimate_text(verdict),
                  verdict.reason]  # fmt: skip
         table.add_row(*map(Text, cells), style=styles[verdict.outcome])
     out, terminal = io.StringIO(), Console()
@@ -139,6 +139,10 @@ def frontier_text(frontier: Frontier) -> str:
     return text + (f"; not decided to be off it {named(near)}" if near else "")
 
 
+def _scale(verdict: Verdict) -> str:
+    return f"{verdict.scale}, {verdict.at}" if verdict.at else verdict.scale
+
+
 def _seeds(verdict: Verdict) -> str:
     return "" if verdict.scale == "exact" else str(verdict.seeds)
 
@@ -156,7 +160,7 @@ def render_markdown(report: StudyReport) -> str:
     for verdict in report.verdicts:
         claim = verdict.claim
         says = claim.says + (f" ({claim.note})" if claim.note else "")
-        cells = [claim.name, f"**{verdict.outcome}**", verdict.scale, _seeds(verdict), estimate_text(verdict),
+        cells = [claim.name, f"**{verdict.outcome}**", _scale(verdict), _seeds(verdict), estimate_text(verdict),
                  verdict.reason, says, claim.source]  # fmt: skip
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     for title, texts in (

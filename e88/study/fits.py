@@ -21,6 +21,8 @@ from e88.study.statistics import Estimate
 EXPONENTS = np.geomspace(0.01, 3.0, 300)
 JOINT_EXPONENTS = np.geomspace(0.02, 2.0, 48)
 DRAWS = 200
+# Of more runs than this a random part is used: the rest would only cost time.
+MOST_POINTS = 400
 # How far the refined search reaches, as a factor: about a step of the coarser grid.
 STEP = 1.1
 # Distinct values that a fit needs for each power term, with a floor and without.
@@ -84,6 +86,10 @@ def _carries(x: Sequence[float]) -> bool:
 
 def _fit(variables: tuple[str, ...], x: Array, y: Array, grid: Grid, floor: bool, seed: int) -> PowerLaw | None:
     """x: [variables, n]. y: [n]. None where y does not fall with x."""
+    rng = np.random.default_rng(seed)
+    if len(y) > MOST_POINTS:
+        chosen = rng.choice(len(y), MOST_POINTS, replace=False)
+        x, y = x[:, chosen], y[chosen]
     centres = np.exp(np.log(x).mean(1))
     relative = x / centres[:, None]
     (best,), (parts,) = _search(relative, y[None], grid, floor)
@@ -100,7 +106,6 @@ def _fit(variables: tuple[str, ...], x: Array, y: Array, grid: Grid, floor: bool
     # Residuals of a fit are smaller than the noise by the parameters it has used up.
     used = int(floor) + 2 * len(variables)
     spread = residuals * np.sqrt(len(y) / max(len(y) - used, 1))
-    rng = np.random.default_rng(seed)
     drawn = (y - residuals) + rng.choice(spread - spread.mean(), size=(DRAWS, len(y)))
     places, drawn_parts = _search(relative, drawn, grid, floor)
     falling = drawn_parts[:, 1:].any(1)

@@ -42,13 +42,13 @@ class Place:
 def frontier(points: Sequence[Point]) -> list[Place]:
     """The place of each point, by cost. Of two that cost the same the one with the lower mean loss leads."""
     places = []
-    for point in sorted(points, key=lambda p: (p.cost, p.mean)):
-        ahead = [other for other in points if other.cost <= point.cost and other.mean < point.mean]
-        if not ahead:
-            places.append(Place(point.name, point.cost, point.mean))
+    leader: tuple[float, Point] | None = None
+    for mean, point in sorted(((p.mean, p) for p in points), key=lambda pair: (pair[1].cost, pair[0])):
+        if leader is None or mean <= leader[0]:
+            leader = mean, point
+            places.append(Place(point.name, point.cost, mean))
             continue
-        leader = min(ahead, key=lambda other: other.mean)
-        lead = paired_difference(point.loss, leader.loss)
+        lead = paired_difference(point.loss, leader[1].loss)
         decided = lead is not None and lead.excludes_zero
-        places.append(Place(point.name, point.cost, point.mean, leader.name, decided))
+        places.append(Place(point.name, point.cost, mean, leader[1].name, decided))
     return places

@@ -74,10 +74,12 @@ class _Court:
     def verdict(self, claim: Claim) -> Verdict:
         if claim.is_exact:
             return exact_verdict(claim, self.experiment.study)
+        ((unit, amount),) = self.experiment.study.budgets[claim.budget][self.scale].items()
+        at = f"{amount:,g} {unit}"
         try:
-            return self._decide(claim)
+            return replace(self._decide(claim), at=at)
         except _Missing as reason:
-            return Verdict(claim, self.scale, UNDECIDED, str(reason))
+            return Verdict(claim, self.scale, UNDECIDED, str(reason), at=at)
 
     def _decide(self, claim: Claim) -> Verdict:
         if claim.form in ("trains", "diverges"):

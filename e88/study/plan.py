@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from e88.data.corpus import Corpus, open_corpus
+from e88.models.config import ModelConfig
 from e88.study.spec import RunSpec
 from e88.training.config import config_hash
 
@@ -28,6 +30,7 @@ class Planner:
 
     def __init__(self) -> None:
         self._corpora: dict[tuple[str, str | None], Corpus] = {}
+        self._models: dict[ModelConfig, dict[str, Any]] = {}
 
     def plan(self, spec: RunSpec, exclusive: bool = False) -> PlannedRun:
         """The run of a spec, with the vocabulary of its data. Raises UserError where those cannot be opened."""
@@ -36,7 +39,9 @@ class Planner:
             self._corpora[key] = open_corpus(spec.data, tokenizer=spec.tokenizer)
         corpus = self._corpora[key]
         spec = spec.with_vocabulary(corpus.vocab_size)
-        return PlannedRun(config_hash(spec.model.to_dict(), spec.training.to_dict(), corpus.hash), spec, exclusive)
+        if spec.model not in self._models:
+            self._models[spec.model] = spec.model.to_dict()
+        return PlannedRun(config_hash(self._models[spec.model], spec.training.to_dict(), corpus.hash), spec, exclusive)
 
 
 def distinct(runs: Iterable[PlannedRun]) -> list[PlannedRun]:

@@ -15,7 +15,7 @@ CONFIRMED, REFUTED, UNDECIDED = "confirmed", "refuted", "undecided"
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the records say of a claim at one scale ("exact" where it is about counts).
+    """What the records say of a claim at one scale ("exact" where it is about counts), `at` which budget ("80 steps").
 
     estimate: of the deciding comparison, in `unit`: a difference, or a ratio where the claim has a factor. threshold:
     what it is held against. seeds: how many decided. more_seeds: how many more of the same mean and spread would
@@ -31,6 +31,7 @@ class Verdict:
     unit: str = ""
     seeds: int = 0
     more_seeds: int | None = None
+    at: str = ""
 
 
 def exact_verdict(claim: Claim, study: Study) -> Verdict:
