@@ -72,7 +72,8 @@ def estimate_text(verdict: Verdict) -> str:
         return ""
     is_ratio = verdict.unit.startswith("ratio")
     against = f" against {_number(threshold)}" if threshold or is_ratio else ""
-    return f"{_number(estimate.mean, not is_ratio)}{_interval(estimate)}{against} {verdict.unit}"
+    is_difference = not is_ratio and verdict.claim.form != "equals"
+    return f"{_number(estimate.mean, is_difference)}{_interval(estimate)}{against} {verdict.unit}"
 
 
 def _interval(estimate: Estimate) -> str:

@@ -71,6 +71,11 @@ class Claim:
         return self.form != "all" and self.metric in SIZES
 
     @property
+    def is_ratio(self) -> bool:
+        """Decided by the ratio of two models' metrics, as speed always is."""
+        return self.factor is not None or self.metric in SPEEDS
+
+    @property
     def involved(self) -> tuple[str, ...]:
         """Every model whose runs the claim needs."""
         if self.form == "all" or self.is_exact:
@@ -131,7 +136,7 @@ def _check(claim: Claim, budgets: Mapping[str, set[str]]) -> None:
         "'of' with more models than the best": claim.form == "best" and not set(claim.of) > set(claim.models),
         "a 'value'": claim.form == "equals" and claim.value is None,
         "a metric of size, which is exact": claim.form == "equals" and not claim.is_exact,
-        "'by' or 'factor', not both": bool(claim.by) and claim.factor is not None,
+        "a 'factor' and no 'by' where it is about a ratio": bool(claim.by) and claim.is_ratio,
     }
     for need, is_missing in wrong.items():
         if is_missing:

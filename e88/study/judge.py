@@ -127,8 +127,8 @@ class _Court:
         value = record["results"].get(claim.metric)
         if value is None:
             raise _Missing(f"{record['name']} has no {claim.metric}")
-        # A claim with a factor is about ratios: their logarithms are what is averaged.
-        return math.log(value) if claim.factor is not None else float(value)
+        # Of ratios the logarithms are what is averaged.
+        return math.log(value) if claim.is_ratio else float(value)
 
     def _pair(
         self, claim: Claim, values: Mapping[str, Mapping[int, float]], first: str, second: str, comparisons: int = 1
@@ -147,7 +147,7 @@ class _Court:
             return self._close_verdict(claim, pair)
         if claim.form == "higher":
             pair = replace(pair, differences=[-d for d in pair.differences])
-        threshold = claim.by if claim.factor is None else math.log(claim.factor)
+        threshold = math.log(claim.factor or 1) if claim.is_ratio else claim.by
         outcome = {1: CONFIRMED, -1: REFUTED, 0: UNDECIDED}[pair.side(threshold)]
         return self._by_pair(claim, outcome, pair, threshold)
 
@@ -195,7 +195,7 @@ class _Court:
         estimate, n = pair.estimate, len(pair.differences)
         more = pair.more_seeds(threshold) if outcome == UNDECIDED else None
         unit = claim.metric
-        if claim.factor is not None:
+        if claim.is_ratio:
             low, high = (None if end is None else math.exp(end) for end in (estimate.low, estimate.high))
             estimate = replace(estimate, mean=math.exp(estimate.mean), low=low, high=high)
             threshold, unit = math.exp(threshold), f"ratio of {claim.metric}"

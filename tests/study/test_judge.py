@@ -167,7 +167,7 @@ def test_the_seeds_that_would_decide_do(seed: int, n: int, mean: float) -> None:
         ({"lower": ["a", "b"], "metric": "loss"}, "unknown metric"),
         ({"lower": ["a", "b"], "budget": "time"}, "unknown budget"),
         ({"lower": ["a", "b"], "margin": 1}, "unknown key"),
-        ({"lower": ["a", "b"], "by": 1, "factor": 2}, "not both"),
+        ({"lower": ["a", "b"], "by": 1, "factor": 2}, "a ratio"),
         ({"lower": ["a", "b"], "by": "much"}, "must be a number"),
         ({"lower": ["a", "b"], "metric": "tokens_per_second"}, "exclusive"),
         ({"close": ["a", "b"]}, "positive 'by'"),
