@@ -23,8 +23,8 @@ JOINT_EXPONENTS = np.geomspace(0.02, 2.0, 48)
 DRAWS = 200
 # Of more runs than this a random part is used: the rest would only cost time.
 MOST_POINTS = 400
-# How far the refined search reaches, as a factor: about a step of the coarser grid.
-STEP = 1.1
+# How far the refined searches reach, as a factor: about a step of the coarser grid each.
+REACHES = (1.1, 1.01)
 # Distinct values that a fit needs for each power term, with a floor and without.
 FOR_FLOOR, FOR_POWER = 4, 3
 # A variable that spans less than this factor carries no law.
@@ -95,11 +95,13 @@ def _fit(variables: tuple[str, ...], x: Array, y: Array, grid: Grid, floor: bool
     (best,), (parts,) = _search(relative, y[None], grid, floor)
     if not parts[1:].any():
         return None
-    # Closer than the grid: a finer one around its best place.
-    steps = [np.geomspace(value / STEP, value * STEP, 21) for value in grid[best]]
-    fine = list(itertools.product(*steps))
-    (closest,), (parts,) = _search(relative, y[None], fine, floor)
-    exponent = fine[closest]
+    exponent = grid[best]
+    # Closer than the grid: two finer ones around its best place.
+    for reach in REACHES:
+        steps = [np.geomspace(value / reach, value * reach, 21) for value in exponent]
+        fine = list(itertools.product(*steps))
+        (closest,), (parts,) = _search(relative, y[None], fine, floor)
+        exponent = fine[closest]
     residuals = y - _predict(relative, np.array(exponent), parts)
     if (residuals**2).sum() >= ((y - y.mean()) ** 2).sum():
         return None
