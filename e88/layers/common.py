@@ -119,6 +119,11 @@ def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | No
     """ShortConv's computation: weight [C, 1, W], bias [C] or None, x, tail and results as there."""
     length, past = x.shape[1], weight.shape[2] - 1
     if tail is not None and length == 1:
+        if x.is_cuda and x.dtype != torch.float64 and not torch.is_grad_enabled() and _has_triton():
+            from e88.ops.triton.conv import conv_step
+
+            y, new_tail = conv_step(x.squeeze(1), weight, bias, tail)
+            return y.unsqueeze(1), new_tail
         window = torch.cat([tail, x.transpose(1, 2).to(tail.dtype)], dim=2)
         y = (window * weight.squeeze(1)).sum(2)
         y = y if bias is None else y + bias

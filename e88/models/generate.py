@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from e88.errors import UserError
 from e88.models.lm import LanguageModel, LMState
 from e88.ops.cuda.compile import overlapped
+from e88.ops.norms import wide, wide_dtype
 
 # Steps queued on a GPU ahead of the token that is read: enough to hide the host, too few to be felt.
 AHEAD = 8
@@ -43,18 +44,17 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
     """logits [B, N] -> one token a row, [B] int64; nothing in it waits for the device."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / sampling.temperature
     if sampling.top_k:
         kth = logits.topk(min(sampling.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))
     if sampling.top_p < 1:
-        ordered, order = logits.softmax(-1).sort(dim=-1, descending=True)
+        ordered, order = (wide(logits) / sampling.temperature).softmax(-1).sort(dim=-1, descending=True)
         # A token stays while the mass before it is below top_p, so the likeliest always stays.
         drop = ordered.cumsum(-1) - ordered >= sampling.top_p
         logits = logits.masked_fill(drop.scatter(-1, order, drop), float("-inf"))
-    # The first of exponential clocks at rates p rings at i with probability p_i.
-    probabilities = logits.softmax(-1)
-    return (probabilities / torch.empty_like(probabilities).exponential_(generator=generator)).argmax(-1)
+    # Of clocks that ring after an exponential time at rates exp(logits / temperature), the first is drawn.
+    times = torch.empty_like(logits, dtype=wide_dtype(logits.dtype)).exponential_(generator=generator)
+    return torch.sub(logits, times.log_(), alpha=sampling.temperature).argmax(-1)
 
 
 @torch.no_grad()
