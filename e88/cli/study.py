@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,7 @@ from e88.errors import UserError
 
 if TYPE_CHECKING:
     from e88.study.design import Experiment
+    from e88.study.launchers import Launcher
 
 study = typer.Typer(
     help="Scaling studies: runs and claims from one TOML file (see studies/).",
@@ -28,6 +29,9 @@ Out = Annotated[Path | None, typer.Option(help="The store.  [default: runs/NAME 
 Claims = Annotated[list[str] | None, typer.Option("--claim", metavar="NAME", help="Only these claims (* and ?).")]
 Seeds = Annotated[int | None, typer.Option(min=1, help="Seeds of each run.  [default: the scale's]")]
 Slots = Annotated[int | None, typer.Option(min=1, help="Runs at once on the CPU.  [default: one a core]")]
+LauncherName = Annotated[str, typer.Option("--launcher", help="Where runs start: local or slurm.")]
+Slurm = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Of SLURM jobs: partition, timeout_min.")]
+Jobs = Annotated[int, typer.Option(min=1, help="SLURM jobs in the queue at once.")]
 Gpus = Annotated[str | None, typer.Option(help="GPUs to use, 0,1,... or all.  [default: all, with --device cuda]")]
 
 
@@ -39,9 +43,11 @@ def run(
     claim: Claims = None,
     seeds: Seeds = None,
     data: options.Data = None,
-    launcher: Annotated[str, typer.Option(help="Where runs start: local.")] = "local",
+    launcher: LauncherName = "local",
     slots: Slots = None,
     gpus: Gpus = None,
+    slurm: Slurm = None,
+    jobs: Jobs = 64,
     device: options.Device = "auto",
     keep_checkpoints: Annotated[bool, typer.Option(help="Keep the checkpoints of runs that are done.")] = False,
     as_json: options.Json = False,
@@ -50,7 +56,19 @@ def run(
 
     Exit code 0 when every run ended, 1 when one failed. Diverged runs are results.
     """
-    _run(spec, scale, out, claim, seeds, data, launcher, slots, gpus, device, keep_checkpoints, as_json, ())
+    _run(
+        spec,
+        scale,
+        out,
+        claim,
+        seeds,
+        data,
+        (launcher, slots, gpus, slurm, jobs),
+        device,
+        keep_checkpoints,
+        as_json,
+        (),
+    )
 
 
 @study.command()
@@ -61,9 +79,11 @@ def retry(
     claim: Claims = None,
     seeds: Seeds = None,
     data: options.Data = None,
-    launcher: Annotated[str, typer.Option(help="Where runs start: local.")] = "local",
+    launcher: LauncherName = "local",
     slots: Slots = None,
     gpus: Gpus = None,
+    slurm: Slurm = None,
+    jobs: Jobs = 64,
     device: options.Device = "auto",
     keep_checkpoints: Annotated[bool, typer.Option(help="Keep the checkpoints of runs that are done.")] = False,
     diverged: Annotated[bool, typer.Option("--diverged", help="Diverged runs too, from their start.")] = False,
@@ -71,7 +91,19 @@ def retry(
 ) -> None:
     """As `run`, trying failed runs again."""
     again = ("failed", "diverged") if diverged else ("failed",)
-    _run(spec, scale, out, claim, seeds, data, launcher, slots, gpus, device, keep_checkpoints, as_json, again)
+    _run(
+        spec,
+        scale,
+        out,
+        claim,
+        seeds,
+        data,
+        (launcher, slots, gpus, slurm, jobs),
+        device,
+        keep_checkpoints,
+        as_json,
+        again,
+    )
 
 
 @study.command()
@@ -160,9 +192,7 @@ def _run(
     claims: list[str] | None,
     seeds: int | None,
     data: str | None,
-    launcher: str,
-    slots: int | None,
-    gpus: str | None,
+    where: tuple[str, int | None, str | None, list[str] | None, int],
     device: str,
     keep_checkpoints: bool,
     as_json: bool,
@@ -172,7 +202,7 @@ def _run(
     from e88.study.scheduler import Interrupted, run_all
 
     experiment, store = _experiment(spec, scale, out, claims, seeds, data)
-    chosen = make_launcher(launcher, store, slots=slots, gpus=gpus, device=device)
+    chosen = make_launcher(store, device, *where)
     with LiveView() as view:
         view.message(f"{experiment.study.title}: scale {scale}, {len(experiment.runs)} runs, {chosen.describe()}")
         try:
@@ -187,13 +217,26 @@ def _run(
         raise typer.Exit(EXIT_FAILED)
 
 
-def make_launcher(name: str, store: Path, *, slots: int | None, gpus: str | None, device: str) -> Any:
-    """The launcher of a name, for the CPU or for the GPUs asked for."""
-    from e88.study import launchers
+def make_launcher(
+    store: Path, device: str, name: str, slots: int | None, gpus: str | None, slurm: list[str] | None, jobs: int
+) -> Launcher:
+    """The launcher of a name; UserError for options that are another's."""
+    from e88.study.launchers import LocalLauncher, local_slots
+    from e88.study.slurm import SlurmLauncher
+    from e88.study.spec import parse_assignments
 
-    if name != "local":
-        raise UserError(f"unknown launcher '{name}'; known: local")
-    return launchers.LocalLauncher(launchers.local_slots(slots=slots, gpus=gpus, device=device), store)
+    if name == "local":
+        if slurm:
+            raise UserError("--slurm is for --launcher slurm; leave it out, or add that")
+        return LocalLauncher(local_slots(slots=slots, gpus=gpus, device=device), store)
+    if name != "slurm":
+        raise UserError(f"unknown launcher '{name}'; known: local, slurm")
+    if slots or gpus:
+        raise UserError(
+            "--slots and --gpus are for --launcher local; jobs ask SLURM, for instance --slurm gpus_per_node=1"
+        )
+    options = parse_assignments(slurm or [])
+    return SlurmLauncher(store, most=jobs, options={"gpus_per_node": 0, **options} if device == "cpu" else options)
 
 
 def _report(experiment: Experiment, store: Path, as_json: bool) -> None:
