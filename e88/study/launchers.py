@@ -10,12 +10,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import IO, Protocol
 
 from e88.errors import UserError
 from e88.study.folder import RunFolder, try_lock
+from e88.study.warm import start_warm
 
 LOCKS = ".locks"
 
@@ -61,10 +63,11 @@ def worker_command(folder: RunFolder) -> list[str]:
 
 @dataclass(frozen=True)
 class Slot:
-    """A place for one run. environment: what makes a process use this place and no other."""
+    """A place for one run: a part of the processor with some threads, or a GPU by its environment."""
 
     name: str
-    environment: Mapping[str, str]
+    threads: int = 0
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def on_gpu(self) -> bool:
@@ -73,13 +76,12 @@ class Slot:
 
 def cpu_slots(count: int) -> list[Slot]:
     """`count` places that share the processor's cores evenly."""
-    threads = str(max(cores() // count, 1))
-    return [Slot(f"cpu{i}", {"OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads}) for i in range(count)]
+    return [Slot(f"cpu{i}", threads=max(cores() // count, 1)) for i in range(count)]
 
 
 def gpu_slots(names: list[str]) -> list[Slot]:
     """One place for each GPU, by index or UUID as CUDA_VISIBLE_DEVICES takes them."""
-    return [Slot(f"gpu{name}", {"CUDA_VISIBLE_DEVICES": name}) for name in names]
+    return [Slot(f"gpu{name}", environment={"CUDA_VISIBLE_DEVICES": name}) for name in names]
 
 
 def local_slots(*, slots: int | None = None, gpus: str | None = None, device: str = "auto") -> list[Slot]:
@@ -129,7 +131,11 @@ class LocalLauncher:
         for slot in self.slots:
             if taken := self._take(slot, job.exclusive):
                 try:
-                    return LocalHandle(slot, job, [lock.fileno() for lock in taken])
+                    if slot.on_gpu:
+                        return LocalHandle(slot.name, _start_fresh(job.folder, slot, taken))
+                    # A run alone on the processor keeps the threads that the user has set, or all.
+                    threads = 0 if job.exclusive else slot.threads
+                    return LocalHandle(slot.name, start_warm(job.folder, slot.name, threads, taken))
                 finally:
                     # The worker has inherited them.
                     for lock in taken:
@@ -154,23 +160,23 @@ class LocalLauncher:
 class LocalHandle:
     """A worker process of its own session, so that a Ctrl-C reaches it once, through the scheduler."""
 
-    def __init__(self, slot: Slot, job: Job, locks: list[int]) -> None:
-        self.where = slot.name
-        # A run alone on the processor keeps the threads that the user has set, or all.
-        alone = job.exclusive and not slot.on_gpu
-        environment = {**os.environ, **({} if alone else slot.environment), "E88_SLOT": slot.name}
-        command = [*worker_command(job.folder), str(os.getpid())]
-        with open(job.folder.path / "worker.log", "ab") as log:
-            self.process = subprocess.Popen(
-                command, env=environment, pass_fds=locks, start_new_session=True,
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            )  # fmt: skip
+    def __init__(self, where: str, process: subprocess.Popen[bytes] | BaseProcess) -> None:
+        self.where, self.process = where, process
 
     def poll(self) -> int | None:
-        return self.process.poll()
+        return self.process.poll() if isinstance(self.process, subprocess.Popen) else self.process.exitcode
 
     def stop(self) -> None:
         self.process.terminate()
 
     def kill(self) -> None:
         self.process.kill()
+
+
+def _start_fresh(folder: RunFolder, slot: Slot, locks: list[IO[str]]) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, **slot.environment, "E88_SLOT": slot.name}
+    with open(folder.path / "worker.log", "ab") as log:
+        return subprocess.Popen(
+            [*worker_command(folder), str(os.getpid())], env=environment, start_new_session=True,
+            pass_fds=[lock.fileno() for lock in locks], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+        )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from e88.study.folder import read_json
 from e88.study.launchers import LocalLauncher, cpu_slots
 from e88.study.plan import PlannedRun, Planner
 from e88.study.scheduler import run_all
@@ -47,8 +48,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def children(pid: int) -> list[int]:
-    try:
-        return [int(p) for p in open(f"/proc/{pid}/task/{pid}/children").read().split()]
-    except FileNotFoundError:
-        return []
+def workers(out: Path) -> list[int]:
+    """The workers that live and have written something."""
+    progress = (read_json(path) for path in out.glob("runs/*/progress.json"))
+    return [p["pid"] for p in progress if p and alive(p["pid"])]

@@ -10,10 +10,11 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from scheduling import Quiet, alive, children, run, schedule
+from scheduling import Quiet, alive, run, schedule, workers
 
 from e88.data.corpus import open_corpus
 from e88.study.folder import RunFolder, try_lock
@@ -98,7 +99,7 @@ def test_a_killed_scheduler_leaves_no_orphan_and_loses_nothing(text: Path, tmp_p
     while not (found := list(out.glob("runs/*/checkpoint.safetensors"))):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
-    (worker,) = children(process.pid)
+    (worker,) = workers(out)
     process.kill()
     process.wait()
     while alive(worker):
@@ -128,10 +129,11 @@ def test_kills_at_random_moments_end_with_the_records_of_an_undisturbed_study(
         process = popen(command(text, out, count, steps))
         time.sleep(rng.uniform(0.5, 3))
         # The scheduler, with none, some or all of its workers.
-        workers = children(process.pid)
+        found = workers(out)
         process.kill()
-        for worker in rng.sample(workers, rng.randint(0, len(workers))):
-            os.kill(worker, signal.SIGKILL)
+        for worker in rng.sample(found, rng.randint(0, len(found))):
+            with suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)
         process.wait()
     assert subprocess.run(command(text, out, count, steps), timeout=120).returncode == 0
     lines = [json.loads(line) for line in Store(out).path.read_text().splitlines()]

@@ -1,0 +1,64 @@
+"""Workers that start warm: forks of a server that has torch and numba loaded, which saves most of a short run's time.
+
+The server is the standard library's forkserver. It ends with the scheduler, and the kernel then asks the workers to
+stop. Only for the CPU: a run on a GPU starts in a fresh process, as CUDA wants it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from multiprocessing import reduction
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import IO, Any
+
+from e88.study.folder import RunFolder
+
+PRELOADED = ["torch._dynamo", "e88.cli", "e88.ops.cpu", "e88.study.worker", "e88.training.loop"]
+
+
+def start_warm(folder: RunFolder, slot: str, threads: int, locks: list[IO[str]]) -> BaseProcess:
+    """Start a run's worker. threads: of torch and the recurrence, 0: as they are. locks: held until it ends."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    arguments = (str(folder.store.resolve()), folder.id, slot, threads, [_Inherited(lock) for lock in locks])
+    # A daemon: where the scheduler itself fails, its workers are told to stop, not waited for.
+    process = context.Process(target=_work, args=arguments, daemon=True)
+    process.start()
+    return process
+
+
+def _work(store: str, run_id: str, slot: str, threads: int, _locks: list[Any]) -> None:
+    from e88.study import worker
+
+    # A session of its own, so that a Ctrl-C reaches it once, through the scheduler.
+    os.setsid()
+    worker.stop_with(os.getppid())
+    folder = RunFolder(Path(store), run_id)
+    with open(folder.path / "worker.log", "ab") as log:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(log.fileno(), stream.fileno())
+    os.environ["E88_SLOT"] = slot
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+    sys.exit(worker.main(folder))
+
+
+class _Inherited:
+    """An open file that goes to the new process with its lock."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, tuple[Any]]:
+        return _received, (reduction.DupFd(self.file.fileno()),)
+
+
+def _received(duplicate: Any) -> int:
+    number: int = duplicate.detach()
+    return number
