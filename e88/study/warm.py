@@ -1,14 +1,16 @@
 """Workers that start warm: forks of a server that has torch and numba loaded, which saves most of a short run's time.
 
-The server is the standard library's forkserver. It ends with the scheduler, and the kernel then asks the workers to
-stop. Only for the CPU: a run on a GPU starts in a fresh process, as CUDA wants it.
+The server is the standard library's forkserver, and ends with its last worker. Only for the CPU: a run on a GPU starts in
+a fresh process, as CUDA wants it.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 from multiprocessing import reduction
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -35,7 +37,7 @@ def _work(store: str, run_id: str, slot: str, threads: int, _locks: list[Any]) -
 
     # A session of its own, so that a Ctrl-C reaches it once, through the scheduler.
     os.setsid()
-    worker.stop_with(os.getppid())
+    threading.Thread(target=_stop_with_scheduler, daemon=True).start()
     folder = RunFolder(Path(store), run_id)
     with open(folder.path / "worker.log", "ab") as log:
         for stream in (sys.stdout, sys.stderr):
@@ -47,6 +49,14 @@ def _work(store: str, run_id: str, slot: str, threads: int, _locks: list[Any]) -
 
         torch.set_num_threads(threads)
     sys.exit(worker.main(folder))
+
+
+def _stop_with_scheduler() -> None:
+    """Wait for the scheduler's end, and have the run stop with a checkpoint."""
+    scheduler = multiprocessing.parent_process()
+    assert scheduler is not None
+    scheduler.join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 class _Inherited:

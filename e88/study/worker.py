@@ -146,7 +146,7 @@ def _store_once(folder: RunFolder, record: Record) -> None:
         store.append(record)
 
 
-def stop_with(parent: int) -> None:
+def _stop_with(parent: int) -> None:
     """Have the kernel send SIGTERM when the parent dies, so that a killed scheduler leaves no orphan (Linux only)."""
     if sys.platform == "linux":
         set_parent_death_signal = 1
@@ -157,5 +157,5 @@ def stop_with(parent: int) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 3:
-        stop_with(int(sys.argv[3]))
+        _stop_with(int(sys.argv[3]))
     sys.exit(main(RunFolder(Path(sys.argv[1]), sys.argv[2])))
