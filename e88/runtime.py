@@ -93,10 +93,11 @@ def hardware_name(device: torch.device) -> str:
     return f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
-def environment(device: torch.device, backends: list[str]) -> dict[str, Any]:
-    """The environment part of a record."""
+def environment(device: torch.device, backends: list[str], processes: int = 1) -> dict[str, Any]:
+    """The environment part of a record. processes: how many such devices the run was spread over."""
+    name = hardware_name(device)
     return {
-        "hardware": hardware_name(device),
+        "hardware": name if processes == 1 else f"{processes} x {name}",
         "platform": platform.platform(),
         "versions": versions(),
         "commit": commit(),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from e88.cli import EXIT_DIVERGED, app, options
+from e88.cli import EXIT_DIVERGED, EXIT_FAILED, EXIT_USAGE, app, options
+from e88.errors import UserError
 
 
 @app.command()
@@ -31,6 +33,7 @@ def train(
     backend: Annotated[str | None, typer.Option(help="Operator backend, or rival's library (see e88 doctor).")] = None,
     set_: options.Set = None,
     device: options.Device = "auto",
+    parallel: Annotated[str | None, typer.Option(help="Under torchrun: ddp or fsdp.  [default: ddp]")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in --out.")] = False,
     tensorboard: Annotated[bool, typer.Option(help="Write TensorBoard events into --out.")] = False,
@@ -38,9 +41,10 @@ def train(
 ) -> None:
     """Train one model under a budget of seconds, steps, tokens or FLOPs. Exit code 3 where it diverged."""
     from e88.data.corpus import open_corpus
-    from e88.runtime import choose_device, set_threads
+    from e88.runtime import set_threads
     from e88.study.progress import Progress
     from e88.study.spec import make_spec
+    from e88.training.distributed import RanksLost, joined
     from e88.training.loop import Interrupted
     from e88.training.loop import train as run_training
 
@@ -49,21 +53,33 @@ def train(
         "window": window, "accumulate": accumulate, "optimizer": optimizer, "lr": lr, "seed": seed,
         "precision": precision, "backend": backend,
     }  # fmt: skip
-    spec = make_spec(source, options.training_options(values, set_), data=data, tokenizer=tokenizer)
+    given = options.training_options(values, set_)
+    spec = make_spec(source, given, data=data, tokenizer=tokenizer)
     set_threads(threads)
-    where = choose_device(device)
-    corpus = open_corpus(spec.data, tokenizer=spec.tokenizer)
-    spec = spec.with_vocabulary(corpus.vocab_size)
-    with Progress(spec.name, corpus.bytes_per_token) as progress:
+    with joined(device, parallel) as group:
         try:
-            record = run_training(
-                spec.model, spec.training, corpus, out, name=spec.name, device=where, resume=resume,
-                reporter=progress, tensorboard=tensorboard,
-            )  # fmt: skip
-        except Interrupted as stop:
-            progress.message(str(stop))
-            raise typer.Exit(130) from None
-    print(json.dumps(record) if as_json else _summary(record, out))
+            corpus = group.agreed(lambda: open_corpus(spec.data, tokenizer=spec.tokenizer))
+            spec = spec.with_vocabulary(corpus.vocab_size)
+            with Progress(spec.name, corpus.bytes_per_token, quiet=not group.is_first) as progress:
+                try:
+                    record = run_training(
+                        spec.model, spec.training, corpus, out, name=spec.name, group=group, resume=resume,
+                        reporter=progress, tensorboard=tensorboard,
+                    )  # fmt: skip
+                except Interrupted as stop:
+                    progress.message(str(stop))
+                    raise typer.Exit(130) from None
+        except UserError:
+            # Every process has met it; one says so.
+            if group.is_first:
+                raise
+            raise typer.Exit(EXIT_USAGE) from None
+        except RanksLost as lost:
+            if group.is_first_to_say("lost"):
+                print(f"e88: error: {lost}", file=sys.stderr)
+            raise typer.Exit(EXIT_FAILED) from None
+        if group.is_first:
+            print(json.dumps(record) if as_json else _summary(record, out))
     if record["status"] == "diverged":
         raise typer.Exit(EXIT_DIVERGED)
 

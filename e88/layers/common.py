@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -148,6 +150,14 @@ def exempt_from_decay(*parameters: nn.Parameter) -> None:
     """Marks parameters that weight decay must leave alone (`_no_weight_decay`)."""
     for parameter in parameters:
         parameter._no_weight_decay = True  # type: ignore[attr-defined]
+
+
+@contextmanager
+def keep_decay_exemptions(model: nn.Module) -> Iterator[None]:
+    """Carries the marks of `exempt_from_decay` over to parameters that take the place of a model's own."""
+    exempt = {name for name, p in model.named_parameters() if getattr(p, "_no_weight_decay", False)}
+    yield
+    exempt_from_decay(*(p for name, p in model.named_parameters() if name in exempt))
 
 
 def decay_parameters(heads: int, a_low: float = 1.0, a_high: float = 16.0) -> tuple[nn.Parameter, nn.Parameter]:

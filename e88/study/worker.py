@@ -97,6 +97,7 @@ def _run(folder: RunFolder, task: dict[str, Any]) -> Record | None:
     from e88.errors import UserError
     from e88.runtime import choose_device
     from e88.sizing.closed_form import describe
+    from e88.training.distributed import Group
     from e88.training.loop import Interrupted, train
     from e88.training.record import failed
 
@@ -106,9 +107,9 @@ def _run(folder: RunFolder, task: dict[str, Any]) -> Record | None:
     try:
         if config_hash(spec.model.to_dict(), spec.training.to_dict(), corpus.hash) != folder.id:
             raise UserError(f"the data {spec.data} are not those of run {folder.id}; give this machine the same data")
-        device = choose_device(task["device"])
+        group = Group(choose_device(task["device"]))
         return train(
-            spec.model, spec.training, corpus, folder.path, name=spec.name, device=device, resume=True,
+            spec.model, spec.training, corpus, folder.path, name=spec.name, group=group, resume=True,
             reporter=Heartbeat(folder, os.environ.get("E88_SLOT", "")),
         )  # fmt: skip
     except Interrupted:

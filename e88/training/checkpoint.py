@@ -19,7 +19,7 @@ from torch import Tensor
 
 from e88.errors import UserError
 from e88.files import write_atomic
-from e88.layers.common import exempt_from_decay
+from e88.layers.common import keep_decay_exemptions
 from e88.models.config import ModelConfig
 from e88.models.lm import LanguageModel, LMState
 
@@ -130,14 +130,11 @@ def load_model(path: str | Path, device: torch.device) -> tuple[LanguageModel, d
 def restore_model(model: LanguageModel, tensors: Mapping[str, Tensor], path: str | Path) -> None:
     """Put the tensors named `model.*` into the model in place of its own."""
     weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-    free = {name for name, p in model.named_parameters() if getattr(p, "_no_weight_decay", False)}
     try:
-        model.load_state_dict(weights, assign=True)
+        with keep_decay_exemptions(model):
+            model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise UserError(f"{path} does not fit its own configuration: {str(error).splitlines()[-1].strip()}") from error
-    for name, parameter in model.named_parameters():
-        if name in free:
-            exempt_from_decay(parameter)
 
 
 def save_state(path: str | Path, state: LMState, pending: list[int], config: ModelConfig) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from e88.data.corpus import Corpus
 from e88.models.lm import LanguageModel
+from e88.training.distributed import Group
 
 
 @dataclass(frozen=True)
@@ -22,19 +23,23 @@ class HeldOut:
 
 
 @torch.no_grad()
-def evaluate(model: LanguageModel, corpus: Corpus, windows: np.ndarray, batch_size: int) -> HeldOut:
-    """Score windows [n, T + 1] of tokens, each from the zero state."""
-    device = next(model.parameters()).device
+def evaluate(model: LanguageModel, corpus: Corpus, windows: np.ndarray, batch_size: int, group: Group) -> HeldOut:
+    """Score windows [n, T + 1] of tokens, each from the zero state. Each process of the group scores its share."""
+    # Shares of one size, as FSDP's processes must take their passes together: the last window fills them up.
+    count = -(-len(windows) // group.world)
+    share = np.minimum(np.arange(group.rank * count, (group.rank + 1) * count), len(windows) - 1)
     bits, sizes = [], []
     training = model.training
     model.eval()
-    for start in range(0, len(windows), batch_size):
-        part = windows[start : start + batch_size]
-        nll = model.nll(torch.from_numpy(part).to(device))
+    for start in range(0, count, batch_size):
+        part = windows[share[start : start + batch_size]]
+        nll = model.nll(torch.from_numpy(part).to(group.device))
         bits.append(nll.double().sum(1).cpu().numpy() / math.log(2))
         sizes.append(corpus.bytes_of(part[:, 1:]).sum(1))
     model.train(training)
-    return summarise(np.concatenate(bits), np.concatenate(sizes).astype(np.float64))
+    shares = group.gather((np.concatenate(bits), np.concatenate(sizes).astype(np.float64)))
+    all_bits, all_sizes = (np.concatenate(parts)[: len(windows)] for parts in zip(*shares, strict=True))
+    return summarise(all_bits, all_sizes)
 
 
 def summarise(bits: np.ndarray, sizes: np.ndarray) -> HeldOut:

@@ -23,6 +23,7 @@ from e88.runtime import peak_memory_bytes
 from e88.sizing.closed_form import describe
 from e88.training import record, state
 from e88.training.config import TrainingConfig
+from e88.training.distributed import Group, last_part_only
 from e88.training.evaluate import HeldOut, evaluate
 from e88.training.forensics import explain
 from e88.training.run import Run
@@ -47,18 +48,29 @@ def train(
     folder: str | Path,
     *,
     name: str = "model",
-    device: torch.device | None = None,
+    group: Group | None = None,
     resume: bool = False,
     reporter: Reporter | None = None,
     tensorboard: bool = False,
 ) -> dict[str, Any]:
     """Train a model until its budget is spent and return the run's record (see docs/records.md).
 
-    folder: receives log.jsonl, checkpoint.safetensors and record.json. resume: go on from the checkpoint there.
-    Raises UserError for wrong input, Interrupted when stopped by a signal (after writing a checkpoint). A run whose
-    loss or gradients stop being finite ends with status `diverged` and the last good checkpoint in place.
+    folder: receives log.jsonl, checkpoint.safetensors and record.json. group: the processes and their device, one on
+    the CPU where None; all of them call this, and the first alone writes. resume: go on from the checkpoint there.
+    Raises UserError for wrong input, Interrupted when stopped by a signal (after writing a checkpoint), RanksLost where
+    another process died. A run whose loss or gradients stop being finite ends with status `diverged` and the last good
+    checkpoint in place.
     """
-    device, folder = device or torch.device("cpu"), Path(folder)
+    group, folder = group or Group(torch.device("cpu")), Path(folder)
+    with group.watched():
+        return _train(model_config, config, corpus, folder, name, group, resume, reporter, tensorboard)
+
+
+def _train(
+    model_config: ModelConfig, config: TrainingConfig, corpus: Corpus, folder: Path, name: str, group: Group,
+    resume: bool, reporter: Reporter | None, tensorboard: bool,
+) -> dict[str, Any]:  # fmt: skip
+    group.check(config)
     if corpus.vocab_size > model_config.vocab_size:
         raise UserError(
             f"{corpus.name} has {corpus.vocab_size} token ids, the model {model_config.vocab_size}; "
@@ -67,15 +79,15 @@ def train(
     sampler = WindowSampler(corpus.train, config.window, config.batch_size, config.seed)
     heldout = heldout_windows(corpus.valid, config.window, config.heldout_bytes)
     size = describe(model_config, window=config.window)
-    run = state.start(model_config, config, corpus, folder, name=name, device=device, resume=resume, size=size)
+    run = state.start(model_config, config, corpus, folder, name=name, group=group, resume=resume, size=size)
     try:
         with run.clock.section("compile"):
-            run.check = verify(model_config, config, device)
-        with record_backends() as run.backends, _stop_requested() as stop:
+            run.check = group.agreed(lambda: verify(model_config, config, group.device, run.rows))
+        with record_backends() as run.backends, _stop_requested(group) as stop:
             with run.clock.section("compile"):
                 _warm_up(run)
-            observers = [reporter] if reporter else []
-            if tensorboard:
+            observers = [reporter] if reporter and group.is_first else []
+            if tensorboard and group.is_first:
                 observers.append(Scalars(folder))
             reason = _spend(run, sampler, heldout, observers, stop)
             result = None if reason else _evaluate(run, heldout)
@@ -85,7 +97,8 @@ def train(
         raise Interrupted(f"stopped at step {run.step}; go on with the same command and --resume") from None
     finally:
         run.log.close()
-    return record.finish(run, result, reason, peak_memory_bytes(device))
+    peak_memory = max(group.gather(peak_memory_bytes(group.device)))
+    return group.shared(lambda: record.finish(run, result, reason, peak_memory))
 
 
 def _spend(
@@ -99,7 +112,9 @@ def _spend(
             return reason
         for observer in observers:
             observer.step(run.log.entries[-1], run.used, _seconds_left(run))
-        if stop.is_set():
+        # One clock is the run's, and a signal to any process is one to all.
+        run.clock.seconds["train"], stops = _agree(run, stop)
+        if stops:
             raise Interrupted
         now = run.clock.seconds["train"]
         if run.used < 1 and _due(run.config.eval_every, before, now):
@@ -107,6 +122,13 @@ def _spend(
         if run.used < 1 and _due(run.config.checkpoint_every, before, now):
             state.save(run)
     return None
+
+
+def _agree(run: Run, stop: threading.Event) -> tuple[float, bool]:
+    """The training seconds on the first process's clock, and whether a stop was asked of any process."""
+    own = run.clock.seconds["train"] if run.group.is_first else 0.0
+    seconds, stops = run.group.sum([own, float(stop.is_set())])
+    return seconds, stops > 0
 
 
 def _due(every: float, before: float, now: float) -> bool:
@@ -120,19 +142,22 @@ def _train_step(run: Run, sampler: WindowSampler) -> str | None:
     lr = run.optimizer.set_used(run.used)
     before = run.clock.seconds["train"]
     with run.clock.section("train"):
-        windows = torch.from_numpy(sampler.batch(run.step)).to(run.device)
+        batch = sampler.batch(run.step)
+        windows = torch.from_numpy(batch[run.group.rows(len(batch))]).to(run.device)
         loss = _backward(run, windows)
         norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip or math.inf)
-        values = torch.stack([loss, norm]).tolist()
+        values = run.group.mean(torch.stack([loss, run.group.whole(norm)])).tolist()
         finite = all(math.isfinite(v) for v in values)
         if finite:
             run.optimizer.step()
     if not finite:
         with autocast(run.device, config.precision):
-            return explain(run.model, windows, values[0], run.step)
+            line = explain(run.model, windows, values[0], run.step)
+        # The process whose own loss is not finite knows most.
+        return min(run.group.gather((math.isfinite(loss), line)))[1]
     run.optimizer.zero_grad()
     run.step += 1
-    step_tokens = windows.shape[0] * (windows.shape[1] - 1)
+    step_tokens = batch.shape[0] * (batch.shape[1] - 1)
     run.tokens += step_tokens
     now = run.clock.seconds["train"]
     run.log.append(
@@ -143,13 +168,18 @@ def _train_step(run: Run, sampler: WindowSampler) -> str | None:
 
 
 def _backward(run: Run, windows: Tensor) -> Tensor:
-    """Accumulate the gradient of the mean loss over all of windows, in `accumulate` parts; returns that mean."""
+    """Accumulate the gradient of the mean loss over windows, in `accumulate` parts; returns that mean.
+
+    Windows are this process's; the gradient becomes the mean over processes, which have equally many each.
+    """
     count = windows.shape[0] * (windows.shape[1] - 1)
     total = torch.zeros((), device=windows.device)
-    for part in windows.chunk(run.config.accumulate):
-        with autocast(run.device, run.config.precision):
-            loss = run.model.nll(part).sum() / count
-        loss.backward()
+    parts = windows.chunk(run.config.accumulate)
+    for i, part in enumerate(parts):
+        with last_part_only(run.ddp, i == len(parts) - 1):
+            with autocast(run.device, run.config.precision):
+                loss = run.nll(part).sum() / count
+            loss.backward()
         total += loss.detach()
     return total
 
@@ -164,7 +194,7 @@ def autocast(device: torch.device, precision: str) -> Any:
 def _warm_up(run: Run) -> None:
     """Forward and backward on random tokens, so that compilation and autotuning fall outside the budget."""
     generator = torch.Generator().manual_seed(0)
-    shape = (run.config.batch_size, run.config.window + 1)
+    shape = (run.config.batch_size // run.group.world, run.config.window + 1)
     windows = torch.randint(run.model_config.vocab_size, shape, generator=generator).to(run.device)
     for _ in range(2):
         _backward(run, windows)
@@ -172,9 +202,8 @@ def _warm_up(run: Run) -> None:
 
 
 def _evaluate(run: Run, heldout: np.ndarray) -> HeldOut:
-    part = max(run.config.batch_size // run.config.accumulate, 1)
     with run.clock.section("evaluate"), run.optimizer.averaged(run.model), autocast(run.device, run.config.precision):
-        result = evaluate(run.model, run.corpus, heldout, part)
+        result = evaluate(run.model, run.corpus, heldout, run.rows, run.group)
     seconds = run.clock.seconds["train"]
     # A run killed after its last checkpoint evaluates that step once more.
     run.heldout = [point for point in run.heldout if point["step"] < run.step]
@@ -187,15 +216,18 @@ def _seconds_left(run: Run) -> float:
 
 
 @contextmanager
-def _stop_requested() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets; a second one interrupts at once."""
+def _stop_requested(group: Group) -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets; a second one interrupts at once.
+
+    Of several processes none does so: torchrun passes on a Ctrl-C that each has had itself, and ends those that hang.
+    """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
 
     def handler(_number: int, _frame: object) -> None:
-        if event.is_set():
+        if event.is_set() and group.world == 1:
             raise KeyboardInterrupt
         event.set()
 

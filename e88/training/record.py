@@ -55,6 +55,7 @@ def finish(run: Run, heldout: HeldOut | None, reason: str | None, peak_memory: i
     loss, loss_steps = steplog.last_loss(entries)
     rate, spread = steplog.throughput(entries)
     peak = peak_flops(run.device)
+    world = run.group.world
     results = {
         "train_loss": loss,
         "train_loss_steps": loss_steps,
@@ -72,7 +73,7 @@ def finish(run: Run, heldout: HeldOut | None, reason: str | None, peak_memory: i
         "checkpoint_seconds": seconds["checkpoint"],
         "wall_seconds": time.perf_counter() - run.wall_start,
         "peak_memory_bytes": peak_memory,
-        "mfu": rate * run.size["flops_per_token"] / peak if rate and peak else None,
+        "mfu": rate * run.size["flops_per_token"] / (peak * world) if rate and peak else None,
         "diverged_step": run.step if reason else None,
     }
     record = {
@@ -83,7 +84,11 @@ def finish(run: Run, heldout: HeldOut | None, reason: str | None, peak_memory: i
         "results": results,
         "curve": steplog.curve(entries),
         "heldout_curve": run.heldout,
-        "environment": {**environment(run.device, sorted(run.backends) or ["torch"]), "layer_check": run.check},
+        "environment": {
+            **environment(run.device, sorted(run.backends) or ["torch"], world),
+            "layer_check": run.check,
+            "parallel": run.group.describe(),
+        },
     }
     write_json(run.folder / "record.json", record)
     return record

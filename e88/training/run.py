@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from e88.data.corpus import Corpus
 from e88.models.config import ModelConfig
 from e88.models.lm import LanguageModel
 from e88.training.budget import Clock
 from e88.training.config import TrainingConfig
+from e88.training.distributed import Group
 from e88.training.optimizer import Optimizer
 from e88.training.steplog import StepLog
 
 
 @dataclass
 class Run:
-    """size: what `e88.sizing.closed_form.describe` says of the model. heldout: the evaluations so far. check: the
-    layer's error on a GPU."""
+    """model: the bare one. nll: from windows to nll in training, through the module `ddp` where that mode is on. size:
+    what `e88.sizing.closed_form.describe` says of the model. heldout: the evaluations so far. check: the layer's error
+    on a GPU."""
 
     name: str
     model_config: ModelConfig
     config: TrainingConfig
     corpus: Corpus
     folder: Path
-    device: torch.device
+    group: Group
     model: LanguageModel
+    nll: Callable[[Tensor], Tensor]
+    ddp: nn.Module | None
     optimizer: Optimizer
     clock: Clock
     log: StepLog
@@ -40,6 +46,15 @@ class Run:
     heldout: list[dict[str, Any]] = field(default_factory=list)
     backends: set[str] = field(default_factory=set)
     check: dict[str, Any] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.group.device
+
+    @property
+    def rows(self) -> int:
+        """Windows that this process takes at once."""
+        return self.config.batch_size // self.group.world // self.config.accumulate
 
     @property
     def used(self) -> float:

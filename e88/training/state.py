@@ -16,6 +16,7 @@ from e88.models.lm import LanguageModel
 from e88.training.budget import Clock
 from e88.training.checkpoint import flatten, load_tensors, restore_model, save_tensors, unflatten
 from e88.training.config import TrainingConfig, identity
+from e88.training.distributed import Group
 from e88.training.optimizer import Optimizer
 from e88.training.record import utc_now
 from e88.training.run import Run
@@ -32,39 +33,56 @@ def start(
     folder: Path,
     *,
     name: str,
-    device: torch.device,
+    group: Group,
     resume: bool,
     size: dict[str, Any],
 ) -> Run:
-    """A run ready for its next step: fresh, or as the folder's checkpoint left it."""
+    """A run ready for its next step: fresh, or as the folder's checkpoint left it, in however many processes."""
     path = folder / CHECKPOINT
-    saved = _load_checkpoint(path, model_config, config, corpus) if resume and path.exists() else None
-    # An empty log is what a refused option leaves: no run that could be lost.
-    if not resume and (path.exists() or any(read_entries(folder / LOG))):
-        raise UserError(f"{folder} already holds a run; use --resume to go on with it, or another --out")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        log = StepLog(folder / LOG, keep_until=saved[1]["step"] if saved else 0)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
+    opened: list[tuple[dict[str, Tensor], StepLog]] = []
+
+    def open_folder() -> dict[str, Any] | None:
+        tensors: dict[str, Tensor] = {}
+        saved = None
+        if resume and path.exists():
+            tensors, saved = _load_checkpoint(path, model_config, config, corpus)
+        # An empty log is what a refused option leaves: no run that could be lost.
+        if not resume and (path.exists() or any(read_entries(folder / LOG))):
+            raise UserError(f"{folder} already holds a run; use --resume to go on with it, or another --out")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            opened.append((tensors, StepLog(folder / LOG, keep_until=saved["step"] if saved else 0)))
+        except OSError as error:
+            raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
+        return saved
+
+    # Only the first process needs to see the folder.
+    saved = group.shared(open_folder)
+    tensors, log = opened[0] if opened else ({}, StepLog(None))
     torch.manual_seed(config.seed)
     model = LanguageModel(model_config)
     if saved:
-        restore_model(model, saved[0], path)
-    model.to(device).train()
+        weights = group.spread({name: t for name, t in tensors.items() if name.startswith("model.")})
+        restore_model(model, weights, path)
+    model.to(group.device).train()
     model.set_backend(config.backend)
+    nll, ddp = group.wrap(model)
     run = Run(
-        name=name, model_config=model_config, config=config, corpus=corpus, folder=folder, device=device, model=model,
-        optimizer=Optimizer(model, config), clock=Clock(device), log=log, started=utc_now(),
+        name=name, model_config=model_config, config=config, corpus=corpus, folder=folder, group=group, model=model,
+        nll=nll, ddp=ddp, optimizer=Optimizer(model, config), clock=Clock(group.device), log=log, started=utc_now(),
         wall_start=time.perf_counter(), size=size,
     )  # fmt: skip
     if saved:
-        _restore(run, *saved)
+        rest = {name: t for name, t in tensors.items() if not name.startswith("model.")}
+        _restore(run, group.spread(rest, lambda name, t: group.place(t, _owner(run, name))), saved)
     return run
 
 
 def save(run: Run) -> None:
-    """Write the checkpoint in place of the last one, whole or not at all."""
+    """Write the checkpoint in place of the last one, whole or not at all.
+
+    The file is the same however many processes write it: any number of them can go on from it.
+    """
     with run.clock.section("checkpoint"):
         run.log.sync()
         tensors: dict[str, Tensor] = {"rng.torch": torch.get_rng_state()}
@@ -72,6 +90,10 @@ def save(run: Run) -> None:
         with run.optimizer.averaged(run.model) as trained:
             tensors |= {f"model.{name}": t for name, t in run.model.state_dict().items()}
             tensors |= {f"trained.{name}": t for name, t in trained.items()}
+            # One process gathers what others have shards of, a tensor at a time.
+            for key, tensor in tensors.items():
+                full = run.group.whole(tensor)
+                tensors[key] = full.cpu() if run.group.is_first else torch.empty(0)
             meta = {
                 "kind": "run", "name": run.name, "model": run.model_config.to_dict(),
                 "training": run.config.to_dict(), "data": run.corpus.describe(), "step": run.step,
@@ -79,7 +101,7 @@ def save(run: Run) -> None:
                 "seconds": run.clock.seconds, "wall": time.perf_counter() - run.wall_start,
                 "started": run.started, "heldout": run.heldout, "optimizer": optimizer,
             }  # fmt: skip
-            save_tensors(run.folder / CHECKPOINT, tensors, meta)
+            run.group.shared(lambda: save_tensors(run.folder / CHECKPOINT, tensors, meta))
 
 
 def _load_checkpoint(
@@ -104,6 +126,18 @@ def _first_difference(old: Any, new: Any, where: str = "") -> str:
             if old.get(key) != new.get(key):
                 return _first_difference(old.get(key), new.get(key), f"{where}.{key}" if where else key)
     return f"{where}: {old} there, {new} asked for"
+
+
+def _owner(run: Run, name: str) -> Tensor | None:
+    """The parameter that a saved tensor belongs to: `trained.NAME` or `optimizer.PART.state.INDEX.KEY`."""
+    kind, *rest = name.split(".")
+    if kind == "trained":
+        return run.model.get_parameter(".".join(rest))
+    if kind == "optimizer" and rest[1] == "state":
+        groups = run.optimizer.parts[int(rest[0])].param_groups
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        return parameters[int(rest[2])]
+    return None
 
 
 def _restore(run: Run, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -17,25 +17,33 @@ LAST_STEPS = 100
 
 
 class StepLog:
-    """`log.jsonl` of a run folder: appended as it goes, cut back to a checkpoint's step on resume."""
+    """`log.jsonl` of a run folder: appended as it goes, cut back to a checkpoint's step on resume.
 
-    def __init__(self, path: Path, keep_until: int = 0) -> None:
-        self.path = path
-        self.entries = [e for e in read_entries(path) if e["step"] <= keep_until]
-        write_text(path, "".join(json.dumps(entry) + "\n" for entry in self.entries))
-        self._file = open(path, "a")
+    Of several processes only one writes; the others have no path.
+    """
+
+    def __init__(self, path: Path | None, keep_until: int = 0) -> None:
+        self.entries: list[dict[str, Any]] = []
+        self._file: IO[str] | None = None
+        if path is not None:
+            self.entries = [e for e in read_entries(path) if e["step"] <= keep_until]
+            write_text(path, "".join(json.dumps(entry) + "\n" for entry in self.entries))
+            self._file = open(path, "a")
 
     def append(self, entry: dict[str, Any]) -> None:
         self.entries.append(entry)
-        self._file.write(json.dumps(entry) + "\n")
+        if self._file:
+            self._file.write(json.dumps(entry) + "\n")
 
     def sync(self) -> None:
         """Put everything logged so far on disk; a checkpoint calls it first, so that the log never lags behind it."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        if self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        if self._file:
+            self._file.close()
 
 
 def read_entries(path: Path) -> Iterable[dict[str, Any]]:

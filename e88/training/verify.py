@@ -15,16 +15,15 @@ from e88.training.config import TrainingConfig
 DEVICES = ("cuda",)
 
 
-def verify(model: ModelConfig, config: TrainingConfig, device: torch.device) -> dict[str, Any] | None:
-    """What the record says of the check (tensor, error, tolerance), or None where none is made.
+def verify(model: ModelConfig, config: TrainingConfig, device: torch.device, rows: int) -> dict[str, Any] | None:
+    """rows: windows at once. What the record says of the check (tensor, error, tolerance), or None where none is made.
 
     Raises UserError where the layer's output or a gradient is wrong.
     """
     if device.type not in DEVICES:
         return None
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
-    part = (config.batch_size // config.accumulate, config.window)
-    found = check(model, device, dtype, config.backend, tune=part)
+    found = check(model, device, dtype, config.backend, tune=(rows, config.window))
     if device.type == "cuda":
         # The check's memory is not the run's.
         torch.cuda.empty_cache()

@@ -20,7 +20,7 @@ def config(**options):
 
 
 def test_a_cpu_run_is_not_checked():
-    assert verify(MODEL, config(), CPU) is None
+    assert verify(MODEL, config(), CPU, 2) is None
 
 
 def test_the_record_carries_the_check(text, tmp_path, monkeypatch):
