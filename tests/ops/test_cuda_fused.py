@@ -27,7 +27,7 @@ def test_registers_suffice(n: int, kernel: str, gate: bool) -> None:
     plan = make_plan(n, n, torch.bfloat16, True, False, 1792, edges=Edges(fused=True, gate=gate, narrow=True))
     code = kernels.compile_cubin(kernel, "sm_90", plan.defines(kernel == "backward"))
     # A gate takes more; what little does not fit stays in the first cache.
-    assert machine_code.nvidia(code).spilled_bytes <= (32 if gate else 0)
+    assert machine_code.nvidia(code).spilled_bytes <= (96 if gate else 0)
 
 
 @linux

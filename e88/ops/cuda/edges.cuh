@@ -97,7 +97,12 @@ DEVICE float fp16_row(uint4& x) {
   }
   return 1;
 }
-DEVICE uint4 bf16_row(uint4 x) { return FUSED ? unit_row(x) : as_bf16(x); }
+// A row as fp16 that is not scaled to its largest element.
+DEVICE uint4 plain_fp16_row(uint4 x) {
+  if (!FUSED) return as_fp16(x);
+  fp16_row(x);
+  return x;
+}
 
 // ---- columns
 
@@ -126,7 +131,7 @@ DEVICE uint4 gated(uint4 y, uint4 gate) {
   for (int n = 0; n < 8; n++) a[n] *= u[n] * sigmoid(u[n]);
   return pack_8(a);
 }
-// From the gradient of y silu(gate): that of y as bf16, and in place of the gate its own.
+// From the gradient of y silu(gate): that of y, and in place of the gate its own.
 DEVICE uint4 gate_gradients(uint4 gradient, uint4 y, uint4& gate) {
   float d[8], a[8], u[8];
   unpack_8(d, gradient);
@@ -139,7 +144,7 @@ DEVICE uint4 gate_gradients(uint4 gradient, uint4 y, uint4& gate) {
     d[n] *= silu.value;
   }
   gate = pack_8(u);
-  return pack_8_bf16(d);
+  return pack_8(d);
 }
 
 // ---- decay and write gate

@@ -84,8 +84,9 @@ class Plan:
             return 4 * words + (self.segment + 1) * tile
         pieces = self.K // 8 if self.K in (16, 32, 64, 128) else self.K // 8 | 1
         tile = -(-self.cols * 16 * pieces // 256) * 256
-        step = 3 * self.K // 2 + 3 * self.cols // 2 + (8 if self.edges.fused else 4) + partial + dots // 2
-        return (self.segment + 1) * (4 * step + tile)
+        warps = threads // 32
+        step = self.K // 2 + 16 * -(-self.K // 16) + 20 * warps + (8 if self.edges.fused else 4)
+        return (self.segment + 1) * 4 * step + (self.segment + 2) * tile
 
     def defines(self, backward: bool, save: bool = True) -> dict[str, int]:
         return {
@@ -141,7 +142,7 @@ def make_plan(
         elif K <= 64:
             plan = Plan(K, V, dtype, tanh, beta, cols, 1, 8, 16, 1, 1, 2, 4)
         else:
-            plan = Plan(K, V, dtype, tanh, beta, cols, 1, 4, 8, 1, 1, 2, 2)
+            plan = Plan(K, V, dtype, tanh, beta, cols, 1, 4, 8, 1, 1, 2)
         plan = replace(plan, edges=edges)
         if plan.shared_bytes <= limit or plan.cols == 16:
             return plan

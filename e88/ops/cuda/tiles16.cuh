@@ -15,25 +15,42 @@ DEVICE int piece_at(int j, int p) {
                           : 0;
   return j * PITCH + ((p ^ swizzle) << 4);
 }
-DEVICE void store_column(char* tile, int j, int t, const u32 (&x)[ROWS / 2]) {
+// Keeps the compiler from working something out again and again, or before loops for which registers do not suffice.
+DEVICE void opaque(int& x) { asm volatile("" : "+r"(x)); }
+DEVICE void opaque(u32& x) { asm volatile("" : "+r"(x)); }
+
+// The object `bytes` after this one.
+template <class T>
+DEVICE T& moved(T& x, int bytes) { return *(T*)((char*)&x + bytes); }
+
+// Where a lane's rows of a column stand in a tile: its first 8 of 32, its 4 of a remaining 16, its 2 of a remaining 8.
+struct ColumnPlace { int block, half, quarter; };
+DEVICE ColumnPlace column_place(int j, int t) {
+  ColumnPlace x = {piece_at(j, t), piece_at(j, REST16 / 8 + t / 2) + t % 2 * 8, piece_at(j, REST8 / 8) + t * 4};
+  opaque(x.block);
+  opaque(x.half);
+  opaque(x.quarter);
+  return x;
+}
+DEVICE int block_at(const ColumnPlace& place, int b) { return POWER ? place.block ^ (b << 6) : place.block + (b << 6); }
+DEVICE void store_column(char* tile, const ColumnPlace& place, const u32 (&x)[ROWS / 2]) {
 #pragma unroll
   for (int b = 0; b < K / 32; b++)
-    *(uint4*)(tile + piece_at(j, 4 * b + t)) = make_uint4(x[4 * b], x[4 * b + 1], x[4 * b + 2], x[4 * b + 3]);
-  if constexpr (K % 32 >= 16)
-    *(uint2*)(tile + piece_at(j, REST16 / 8 + t / 2) + t % 2 * 8) = make_uint2(x[K / 32 * 4], x[K / 32 * 4 + 1]);
-  if constexpr (K % 16 == 8) *(u32*)(tile + piece_at(j, REST8 / 8) + t * 4) = x[ROWS / 2 - 1];
+    *(uint4*)(tile + block_at(place, b)) = make_uint4(x[4 * b], x[4 * b + 1], x[4 * b + 2], x[4 * b + 3]);
+  if constexpr (K % 32 >= 16) *(uint2*)(tile + place.half) = make_uint2(x[K / 32 * 4], x[K / 32 * 4 + 1]);
+  if constexpr (K % 16 == 8) *(u32*)(tile + place.quarter) = x[ROWS / 2 - 1];
 }
-DEVICE void load_column(u32 (&x)[ROWS / 2], const char* tile, int j, int t) {
+DEVICE void load_column(u32 (&x)[ROWS / 2], const char* tile, const ColumnPlace& place) {
 #pragma unroll
   for (int b = 0; b < K / 32; b++) {
-    uint4 u = *(const uint4*)(tile + piece_at(j, 4 * b + t));
+    uint4 u = *(const uint4*)(tile + block_at(place, b));
     x[4 * b] = u.x, x[4 * b + 1] = u.y, x[4 * b + 2] = u.z, x[4 * b + 3] = u.w;
   }
   if constexpr (K % 32 >= 16) {
-    uint2 u = *(const uint2*)(tile + piece_at(j, REST16 / 8 + t / 2) + t % 2 * 8);
+    uint2 u = *(const uint2*)(tile + place.half);
     x[K / 32 * 4] = u.x, x[K / 32 * 4 + 1] = u.y;
   }
-  if constexpr (K % 16 == 8) x[ROWS / 2 - 1] = *(const u32*)(tile + piece_at(j, REST8 / 8) + t * 4);
+  if constexpr (K % 16 == 8) x[ROWS / 2 - 1] = *(const u32*)(tile + place.quarter);
 }
 
 // What a lane passes to ldmatrix for row tile 0 of the 16 columns from j0, as an offset in the tile. Index n of the
@@ -44,7 +61,6 @@ DEVICE int transposed_offset(int j0, int lane, bool half) {
   return piece_at(j0 + (row >> 1) + 8 * (row & 1) + 4 * set, half ? 0 : matrix & 1);
 }
 // c[u] += rows 16 u to 16 u + 15 of the tile times a vector over its 16 columns, or two: B column n is x of lane group n.
-template <bool FP16>
 DEVICE void dot_columns(float (&c)[ROW_TILES][4], u32 address, u32 half_address, u32 b0, u32 b1) {
 #pragma unroll
   for (int u = 0; u < ROW_TILES; u++) {
@@ -56,16 +72,6 @@ DEVICE void dot_columns(float (&c)[ROW_TILES][4], u32 address, u32 half_address,
     else
       asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
                    : "=r"(a[0]), "=r"(a[2]) : "r"(half_address + (u << 5)) : "memory");
-    mma_16bit<FP16>(c[u], a, b0, b1);
+    mma_16bit(c[u], a, b0, b1);
   }
-}
-
-// A power of two that brings the largest of the even lanes' values near 1, another for the odd lanes, and their inverses.
-// fp16 tiles need it, because gradients may lie outside fp16's range.
-DEVICE void scale_for_fp16(float largest, bool odd, float& scale, float& inverse) {
-  u32 even_bits = __reduce_max_sync(ALL, odd ? 0u : __float_as_uint(largest));
-  u32 odd_bits = __reduce_max_sync(ALL, odd ? __float_as_uint(largest) : 0u);
-  u32 exponent = (odd ? odd_bits : even_bits) & 0x7f800000u;
-  inverse = bits_float(exponent);
-  scale = bits_float(0x7f000000u - exponent);
 }
