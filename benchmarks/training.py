@@ -1,11 +1,12 @@
 """Speed of a whole training step: E88, the same model without its recurrence, its rivals, and their own libraries.
 
-    python benchmarks/training.py [PRESET...] [--batch-size 8] [--window 256] [--seconds 3] [--json]
+    python benchmarks/training.py [PRESET...] [--batch-size 8] [--window 256] [--seconds 3] [--layers] [--json]
 
 Steps of the models are interleaved, so that a busy machine slows all of them alike; tok/s is the median over rounds.
 "Without its recurrence" keeps every projection, convolution, norm and gate and puts a sum in the recurrence's place; on
 a GPU torch.compile fuses what is left between the projections, so that the ceiling is not lowered by extra passes.
 "In its library alone" is a rival library's own layer in the plainest loop, without this package.
+--layers: what a sample of the layers' statistics costs, as a share of a step and at the default interval.
 Peak memory is that of one model's step, without what the other models hold.
 The output ends with a profile of the first model's step. No speed is printed for a model whose layer fails its check.
 """
@@ -18,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from unittest.mock import patch
 
 import torch
@@ -36,8 +38,10 @@ from e88.ops.accuracy import TOLERANCE, Shape, check, worst
 from e88.ops.edges import composed
 from e88.sizing.presets import preset
 from e88.training.config import Budget, TrainingConfig
-from e88.training.loop import autocast
+from e88.training.distributed import Group
+from e88.training.layers import LayerStats
 from e88.training.optimizer import Optimizer
+from e88.training.step import autocast
 
 DEMO = ["tiny-e88", "tiny-gdn", "tiny-mamba2", "tiny-transformer"]
 
@@ -106,7 +110,7 @@ def library_of(config: ModelConfig, device: torch.device) -> str | None:
 class Step:
     """One model with its optimiser, ready to take training steps on random tokens.
 
-    `operator` stands in for the layer's own where it is given.
+    `operator` stands in for the layer's own where it is given. `sampled`: every step samples the layers.
     """
 
     def __init__(
@@ -117,6 +121,7 @@ class Step:
         window: int,
         device: torch.device,
         operator: Callable | None = None,
+        sampled: bool = False,
     ) -> None:
         torch.manual_seed(0)
         self.device, self.tokens = device, batch * window
@@ -124,6 +129,7 @@ class Step:
         held = allocated(device)
         with device:
             self.model = model(config).train()
+        self.stats = LayerStats(self.model, Group(device)) if sampled else None
         self.training = TrainingConfig(budget=Budget(steps=1))
         self.optimizer = Optimizer(self.model, self.training)
         self.windows = torch.randint(config.vocab_size, (batch, window + 1), device=device)
@@ -133,9 +139,11 @@ class Step:
 
     def __call__(self) -> None:
         with patch.object(layer, "fused_tanh_delta_rule", self.operator):
-            with autocast(self.device, "auto"):
+            with autocast(self.device, "auto"), self.stats.watching() if self.stats else nullcontext():
                 loss = self.model.nll(self.windows).mean()
             loss.backward()
+        if self.stats:
+            self.stats.read()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -200,6 +208,7 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--seconds", type=float, default=3.0, help="at least this long a model")
+    parser.add_argument("--layers", action="store_true", help="also steps that sample the layers' statistics")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -229,6 +238,8 @@ def main() -> int:
         used |= backends
         if isinstance(config.mixer, E88Config):
             steps[f"{name} without its recurrence"] = Step(LanguageModel, *sizes, bare)
+        if options.layers:
+            steps[f"{name} sampling its layers"] = Step(LanguageModel, *sizes, sampled=True)
         library = library_of(config, device)
         if library:
             alone[name] = f"{name} in {library} alone"
@@ -240,6 +251,11 @@ def main() -> int:
     for name in errors:
         rows[name]["recurrence_error"] = errors[name]
         rows[name]["share_of_ceiling"] = seconds[f"{name} without its recurrence"] / seconds[name]
+    if options.layers:
+        every = steps[options.presets[0]].training.layers_every
+        for name in options.presets:
+            extra = seconds[f"{name} sampling its layers"] / seconds[name] - 1
+            rows[name] |= {"sample_share": extra, "sampling_share": extra / every}
     for name, found in checks.items():
         rows[name]["layer_check"] = {"tensor": found.tensor, "error": found.error, "backends": found.backends}
     for name, other in alone.items():
@@ -256,6 +272,8 @@ def main() -> int:
         peak = f"  {row['peak_bytes'] / 2**30:.1f} GiB" if row["peak_bytes"] else ""
         if "share_of_library" in row:
             share = f"  {row['share_of_library']:.0%} of its library alone"
+        if "sample_share" in row:
+            share += f"  a sample costs {row['sample_share']:.1%} of a step, {row['sampling_share']:.2%} by default"
         print(f"{name:<40} {row['ms']:8.1f} ms  {row['tokens_per_second']:10,.0f} tok/s{peak}{share}")
     print(f"\nprofile of a step of {options.presets[0]}")
     for row in table:

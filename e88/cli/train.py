@@ -87,7 +87,7 @@ def train(
 def _summary(record: dict[str, Any], out: Path) -> str:
     results = record["results"]
     if record["status"] == "diverged":
-        return f"{record['name']} diverged: {record['reason']}; the last good checkpoint and the record are in {out}"
+        return f"{record['name']} diverged: {record['reason']}; see e88 replay {out}"
     low, high = results["heldout_interval"]
     lines = [
         f"{record['name']}: {record['model']['params']:,} parameters, seed {record['seed']}",

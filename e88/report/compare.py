@@ -16,6 +16,7 @@ from typing import Any
 
 from e88.errors import UserError
 from e88.study.statistics import Estimate, heldout_estimate, paired_difference
+from e88.training.config import UNDECIDING
 
 Record = dict[str, Any]
 MISSING = "–"
@@ -198,11 +199,11 @@ def _rank(group: Group) -> tuple[int, float, str]:
 
 
 def _without_seed(record: Record) -> dict[str, Any]:
-    """The configuration less what makes no other model: the seed, and how often the run was saved."""
+    """The configuration less what makes no other model: the seed, and how often the run was saved or looked into."""
     config = dict(record.get("config") or {})
     training = config.get("training")
     if isinstance(training, dict):
-        config["training"] = {k: v for k, v in training.items() if k not in ("seed", "checkpoint_every")}
+        config["training"] = {k: v for k, v in training.items() if k not in ("seed", *UNDECIDING)}
     return config
 
 

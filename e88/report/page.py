@@ -24,7 +24,7 @@ TITLE = "E88 and its rivals"
 # The page tells the notes in a list of their own, where there is room for a reason.
 COLUMNS = [column for column in ALL_COLUMNS if column.title != "Note"]
 # Bookkeeping of the store, and what the figures show.
-_NOT_IN_DETAILS = ("schema", "id", "name", "seed", "status", "reason", "curve", "heldout_curve")
+_NOT_IN_DETAILS = ("schema", "id", "name", "seed", "status", "reason", "curve", "heldout_curve", "layers")
 
 
 def render(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:

@@ -43,7 +43,7 @@ class Store:
         Raises UserError where the folder cannot be made or written.
         """
         assert isinstance(record.get("id"), str) and record["id"], "a record needs an id"
-        line = json.dumps(_finite(record), separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        line = json.dumps(finite(record), separators=(",", ":"), allow_nan=False).encode() + b"\n"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with _locked(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, fcntl.LOCK_EX) as file:
@@ -161,11 +161,12 @@ def _write(file: int, data: bytes) -> None:
         data = data[os.write(file, data) :]
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same value with null for every number that is not finite, which JSON does not know."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value

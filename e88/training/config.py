@@ -15,6 +15,8 @@ from e88.models.config import build_config
 OPTIMIZERS = ("adamw", "schedulefree", "muon")
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("auto", "bf16", "fp32")
+# How often a run is saved or looked into decides nothing.
+UNDECIDING = ("checkpoint_every", "layers_every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,8 @@ class TrainingConfig:
     eval_every: seconds of training between held-out evaluations on the way, 0 for only at the end.
     backend: what runs the mixer, `auto` or a name from `e88 doctor`: E88's operator backend, or a rival's library.
     checkpoint_every: likewise between checkpoints, 0 for only at the end.
+    layers_every: steps between samples of the layers' states, decays and gradients (see e88.training.layers), 0 for
+    none.
     """
 
     budget: Budget
@@ -76,12 +80,15 @@ class TrainingConfig:
     heldout_bytes: int = 262_144
     eval_every: float = 0.0
     checkpoint_every: float = field(default=60.0)
+    layers_every: int = 50
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "window", "accumulate", "heldout_bytes"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UserError(f"{name} must be a positive integer, got {value!r}")
+        if isinstance(self.layers_every, bool) or not isinstance(self.layers_every, int) or self.layers_every < 0:
+            raise UserError(f"layers_every must be a whole number of steps, 0 for never, got {self.layers_every!r}")
         if self.batch_size % self.accumulate:
             raise UserError(f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}")
         for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("precision", PRECISIONS)):
@@ -114,8 +121,8 @@ class TrainingConfig:
 
 
 def identity(model: Mapping[str, Any], training: Mapping[str, Any], data_hash: str) -> dict[str, Any]:
-    """Everything that decides a run. How often it is saved does not."""
-    training = {k: v for k, v in training.items() if k != "checkpoint_every"}
+    """Everything that decides a run."""
+    training = {k: v for k, v in training.items() if k not in UNDECIDING}
     return {"model": model, "training": training, "data": data_hash}
 
 

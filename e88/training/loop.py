@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from e88.data.corpus import Corpus
 from e88.data.loader import WindowSampler, heldout_windows
@@ -23,10 +22,13 @@ from e88.runtime import peak_memory_bytes
 from e88.sizing.closed_form import describe
 from e88.training import record, state
 from e88.training.config import TrainingConfig
-from e88.training.distributed import Group, last_part_only
+from e88.training.distributed import Group
 from e88.training.evaluate import HeldOut, evaluate
-from e88.training.forensics import explain
+from e88.training.forensics import trace
+from e88.training.layers import LayerStats
 from e88.training.run import Run
+from e88.training.step import autocast, backward
+from e88.training.tensorboard import Scalars
 from e88.training.verify import verify
 
 
@@ -58,8 +60,8 @@ def train(
     folder: receives log.jsonl, checkpoint.safetensors and record.json. group: the processes and their device, one on
     the CPU where None; all of them call this, and the first alone writes. resume: go on from the checkpoint there.
     Raises UserError for wrong input, Interrupted when stopped by a signal (after writing a checkpoint), RanksLost where
-    another process died. A run whose loss or gradients stop being finite ends with status `diverged` and the last good
-    checkpoint in place.
+    another process died. A run whose loss or gradients stop being finite ends with status `diverged`, the last good
+    checkpoint in place, and beside it bad_step.safetensors, from which `e88.training.replay` repeats that step.
     """
     group, folder = group or Group(torch.device("cpu")), Path(folder)
     with group.watched():
@@ -92,6 +94,8 @@ def _train(
             reason = _spend(run, sampler, heldout, observers, stop)
             result = None if reason else _evaluate(run, heldout)
             state.save(run)
+            if not reason:
+                state.forget_bad_step(run)
     except Interrupted:
         state.save(run)
         raise Interrupted(f"stopped at step {run.step}; go on with the same command and --resume") from None
@@ -144,17 +148,21 @@ def _train_step(run: Run, sampler: WindowSampler) -> str | None:
     with run.clock.section("train"):
         batch = sampler.batch(run.step)
         windows = torch.from_numpy(batch[run.group.rows(len(batch))]).to(run.device)
-        loss = _backward(run, windows)
+        sampled = config.layers_every > 0 and run.step % config.layers_every == 0
+        stats = LayerStats(run.model, run.group) if sampled else None
+        with stats.watching() if stats else nullcontext():
+            loss = backward(run.nll, windows, config, run.ddp)
+        layers = {"layers": stats.read()} if stats else {}
         norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip or math.inf)
         values = run.group.mean(torch.stack([loss, run.group.whole(norm)])).tolist()
         finite = all(math.isfinite(v) for v in values)
         if finite:
             run.optimizer.step()
     if not finite:
-        with autocast(run.device, config.precision):
-            line = explain(run.model, windows, values[0], run.step)
+        state.save_bad_step(run, batch, *values)
+        found = trace(run.model, windows, config, run.group, lambda: backward(run.nll, windows, config, run.ddp))
         # The process whose own loss is not finite knows most.
-        return min(run.group.gather((math.isfinite(loss), line)))[1]
+        return min(run.group.gather((math.isfinite(loss), found.explain(run.step))))[1]
     run.optimizer.zero_grad()
     run.step += 1
     step_tokens = batch.shape[0] * (batch.shape[1] - 1)
@@ -162,33 +170,9 @@ def _train_step(run: Run, sampler: WindowSampler) -> str | None:
     now = run.clock.seconds["train"]
     run.log.append(
         {"step": run.step, "tokens": run.tokens, "seconds": now, "loss": values[0], "lr": lr, "grad_norm": values[1],
-         "step_tokens": step_tokens, "step_seconds": now - before}
+         "step_tokens": step_tokens, "step_seconds": now - before, **layers}
     )  # fmt: skip
     return None
-
-
-def _backward(run: Run, windows: Tensor) -> Tensor:
-    """Accumulate the gradient of the mean loss over windows, in `accumulate` parts; returns that mean.
-
-    Windows are this process's; the gradient becomes the mean over processes, which have equally many each.
-    """
-    count = windows.shape[0] * (windows.shape[1] - 1)
-    total = torch.zeros((), device=windows.device)
-    parts = windows.chunk(run.config.accumulate)
-    for i, part in enumerate(parts):
-        with last_part_only(run.ddp, i == len(parts) - 1):
-            with autocast(run.device, run.config.precision):
-                loss = run.nll(part).sum() / count
-            loss.backward()
-        total += loss.detach()
-    return total
-
-
-def autocast(device: torch.device, precision: str) -> Any:
-    """bf16 autocast where asked for, or on a GPU under `auto`; nothing otherwise."""
-    if precision == "bf16" or (precision == "auto" and device.type == "cuda"):
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext()
 
 
 def _warm_up(run: Run) -> None:
@@ -197,7 +181,7 @@ def _warm_up(run: Run) -> None:
     shape = (run.config.batch_size // run.group.world, run.config.window + 1)
     windows = torch.randint(run.model_config.vocab_size, shape, generator=generator).to(run.device)
     for _ in range(2):
-        _backward(run, windows)
+        backward(run.nll, windows, run.config, run.ddp)
         run.optimizer.zero_grad()
 
 
@@ -237,19 +221,3 @@ def _stop_requested(group: Group) -> Iterator[threading.Event]:
     finally:
         for number, previous in old.items():
             signal.signal(number, previous)
-
-
-class Scalars:
-    """A reporter that writes TensorBoard events."""
-
-    def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ModuleNotFoundError as error:
-            raise UserError("--tensorboard needs the tensorboard package; pip install 'e88[track]'") from error
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
-
-    def step(self, entry: dict[str, Any], used: float, seconds_left: float) -> None:
-        for key in ("loss", "lr", "grad_norm"):
-            self.writer.add_scalar(f"train/{key}", entry[key], entry["step"])
-        self.writer.add_scalar("train/tokens_per_second", entry["step_tokens"] / entry["step_seconds"], entry["step"])

@@ -14,7 +14,7 @@ from e88.data.corpus import Corpus
 from e88.files import write_text
 from e88.models.config import ModelConfig
 from e88.runtime import environment, peak_flops
-from e88.training import steplog
+from e88.training import layers, steplog
 from e88.training.config import TrainingConfig, config_hash
 from e88.training.evaluate import HeldOut
 from e88.training.run import Run
@@ -84,6 +84,7 @@ def finish(run: Run, heldout: HeldOut | None, reason: str | None, peak_memory: i
         "results": results,
         "curve": steplog.curve(entries),
         "heldout_curve": run.heldout,
+        "layers": layers.summarise(entries),
         "environment": {
             **environment(run.device, sorted(run.backends) or ["torch"], world),
             "layer_check": run.check,

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from e88.training.run import Run
 from e88.training.steplog import StepLog, read_entries
 
 CHECKPOINT = "checkpoint.safetensors"
+BAD_STEP = "bad_step.safetensors"
 LOG = "log.jsonl"
 
 
@@ -82,6 +84,7 @@ def save(run: Run) -> None:
     """Write the checkpoint in place of the last one, whole or not at all.
 
     The file is the same however many processes write it: any number of them can go on from it.
+    Weights that are not finite (an update that overflowed, whose run ends with the next step) leave the last one there.
     """
     with run.clock.section("checkpoint"):
         run.log.sync()
@@ -90,18 +93,49 @@ def save(run: Run) -> None:
         with run.optimizer.averaged(run.model) as trained:
             tensors |= {f"model.{name}": t for name, t in run.model.state_dict().items()}
             tensors |= {f"trained.{name}": t for name, t in trained.items()}
-            # One process gathers what others have shards of, a tensor at a time.
-            for key, tensor in tensors.items():
-                full = run.group.whole(tensor)
-                tensors[key] = full.cpu() if run.group.is_first else torch.empty(0)
+            _gather(run, tensors)
             meta = {
-                "kind": "run", "name": run.name, "model": run.model_config.to_dict(),
-                "training": run.config.to_dict(), "data": run.corpus.describe(), "step": run.step,
-                "tokenizer": run.corpus.codec.to_dict(), "tokens": run.tokens,
+                "kind": "run", **_identity(run), "tokens": run.tokens,
                 "seconds": run.clock.seconds, "wall": time.perf_counter() - run.wall_start,
                 "started": run.started, "heldout": run.heldout, "optimizer": optimizer,
             }  # fmt: skip
-            run.group.shared(lambda: save_tensors(run.folder / CHECKPOINT, tensors, meta))
+            weights = [t for name, t in tensors.items() if name.startswith(("model.", "trained."))]
+            if run.group.shared(lambda: all(bool(t.isfinite().all()) for t in weights)):
+                run.group.shared(lambda: save_tensors(run.folder / CHECKPOINT, tensors, meta))
+
+
+def save_bad_step(run: Run, batch: np.ndarray, loss: float, grad_norm: float) -> None:
+    """Write what `e88.training.replay` needs to repeat the step that could not be taken: the weights before it and its
+    batch [B, T + 1] of all processes."""
+    with run.clock.section("checkpoint"):
+        tensors = {f"model.{name}": t for name, t in run.model.state_dict().items()}
+        _gather(run, tensors)
+        tensors["batch"] = torch.from_numpy(batch)
+        meta = {
+            "kind": "bad step", **_identity(run), "seed": run.config.seed, "loss": loss, "grad_norm": grad_norm,
+            "parallel": run.group.describe(),
+        }  # fmt: skip
+        run.group.shared(lambda: save_tensors(run.folder / BAD_STEP, tensors, meta))
+
+
+def forget_bad_step(run: Run) -> None:
+    """Remove the bad step of an earlier try, which this run got past."""
+    run.group.shared(lambda: (run.folder / BAD_STEP).unlink(missing_ok=True))
+
+
+def _gather(run: Run, tensors: dict[str, Tensor]) -> None:
+    """Put tensors that are in shards together in the first process, one at a time; the others are left with none."""
+    for key, tensor in tensors.items():
+        full = run.group.whole(tensor)
+        tensors[key] = full.cpu() if run.group.is_first else torch.empty(0)
+
+
+def _identity(run: Run) -> dict[str, Any]:
+    """What both files say of the run, and how far it is."""
+    return {
+        "name": run.name, "model": run.model_config.to_dict(), "training": run.config.to_dict(),
+        "data": run.corpus.describe(), "tokenizer": run.corpus.codec.to_dict(), "step": run.step,
+    }  # fmt: skip
 
 
 def _load_checkpoint(

@@ -22,6 +22,7 @@ from e88.study.spec import make_spec
 from e88.training.checkpoint import load_model, load_tensors
 from e88.training.distributed import Group, joined
 from e88.training.loop import Interrupted, train
+from e88.training.replay import replay
 from e88.training.steplog import read_entries
 
 CPU = torch.device("cpu")
@@ -105,6 +106,20 @@ def test_a_number_that_is_not_finite_in_one_process_ends_all_and_is_named(out, m
     record = json.loads((out / f"bad-{mode}" / "record.json").read_text())
     assert record["status"] == "diverged" and record["results"]["diverged_step"] == ranks.BAD
     assert "blocks.1.mixer.o_proj" in record["reason"] and len(entries(out / f"bad-{mode}")) == ranks.BAD
+
+
+def test_a_step_of_several_processes_is_repeated_in_one(out):
+    found = replay(out / "bad-fsdp", CPU)
+    assert found.trace.first.name == "the weight blocks.1.mixer.o_proj.weight, before the step"
+    assert found.meta["parallel"]["world"] == 2 and found.repeats
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "ddp-parts", "fsdp-parts"])
+def test_the_layers_of_several_processes_are_looked_into_together(out, name):
+    one, two = (entries(folder / name)[0]["layers"] for folder in (out / "one", out))
+    assert one.keys() == two.keys() and "saturated" in two
+    for key, values in one.items():
+        assert np.array(two[key]) == pytest.approx(np.array(values), rel=2e-5, abs=2e-5)
 
 
 def test_the_record_says_how_it_was_run(out):

@@ -114,14 +114,12 @@ def test_evaluations_on_the_way_do_not_change_the_run(corpus, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_a_number_that_is_not_finite_stops_the_run_and_names_the_layer(where, corpus, tiny, tmp_path):
+def test_a_number_that_is_not_finite_stops_the_run_and_names_the_layer(where, corpus, tiny, tmp_path, runs):
     class Poison:
         def step(self, entry, used, seconds_left):
             if entry["step"] != 3:
                 return
-            (target,) = (
-                o for o in __import__("gc").get_objects() if type(o).__name__ == "LanguageModel" and o.training
-            )
+            target = runs[0].model
             if where == "forward":
                 target.blocks[1].mixer.o_proj.weight.data[0, 0] = float("nan")
             else:
