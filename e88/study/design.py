@@ -2,11 +2,13 @@
 
 title, source, data, tokenizer
 [training]         training keys of every run
-[scales.NAME]      seeds, shrink = {width, depth, tolerance}, training, kinds.KIND (training keys of a kind of mixer)
+[scales.NAME]      seeds, shrink = {width, depth, tolerance}, training, kinds.KIND (training keys of a kind of mixer),
+                   gpus (how many a run is spread over), parallel (ddp or fsdp)
 [budgets.NAME]     for each scale a budget such as {steps = 200}; exclusive = true, or the scales at which its runs
                    are alone on their processor (on a GPU they always are)
 [models.NAME]      see `e88.study.shapes`; training (keys of its runs); for a scale's name, a table to use there
-                   instead; vary = {key = [values]} with {key} in NAME makes a grid
+                   instead; gpus and parallel, in place of the scale's; vary = {key = [values]} with {key} in NAME makes
+                   a grid
 [claims.NAME]      see `e88.study.claims`
 """
 
@@ -26,21 +28,25 @@ from e88.study.claims import Claim, expand, parse_claim
 from e88.study.plan import PlannedRun, Planner, distinct
 from e88.study.shapes import Shrink, build
 from e88.study.spec import DEFAULT_DATA, RunSpec, read_toml
-from e88.training.config import TrainingConfig
+from e88.training.config import MODES, TrainingConfig
 
 KEYS = ("title", "source", "data", "tokenizer", "training", "scales", "budgets", "models", "claims")
+SPREAD = ("gpus", "parallel")
 FULL = Shrink()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How big a study is run: its models by a rule, its budgets by name, its seeds. kinds: training keys by mixer."""
+    """How big a study is run: its models by a rule, its budgets by name, its seeds. kinds: training keys by mixer.
+    gpus, parallel: how many a run is spread over, and how."""
 
     name: str
     seeds: int = 1
     shrink: Shrink = FULL
     training: Mapping[str, Any] = field(default_factory=dict)
     kinds: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    gpus: int = 1
+    parallel: str = "ddp"
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,8 @@ class Study:
         """A model of the study, at full size where no scale is given."""
         try:
             table = dict(self.models[name])
-            table.pop("training", None)
+            for key in ("training", *SPREAD):
+                table.pop(key, None)
             own = {key: table.pop(key) for key in self.scales if key in table}
             if scale is not None and scale.name in own:
                 return build(own[scale.name], Shrink(tolerance=scale.shrink.tolerance), self._params_at(scale))
@@ -97,6 +104,15 @@ class Study:
             name=model, model=config, training=TrainingConfig.from_dict(training), data=self.data,
             tokenizer=self.tokenizer,
         )  # fmt: skip
+
+    def spread(self, model: str, scale: Scale) -> dict[str, Any]:
+        """gpus and parallel of a model's runs."""
+        found = {key: self.models[model].get(key, getattr(scale, key)) for key in SPREAD}
+        if type(found["gpus"]) is not int or found["gpus"] < 1:
+            raise UserError(f"model '{model}': gpus must be a positive integer, got {found['gpus']!r}")
+        if found["parallel"] not in MODES:
+            raise UserError(f"model '{model}': parallel '{found['parallel']}' is not one of {', '.join(MODES)}")
+        return found
 
     def is_exclusive(self, budget: str, scale: Scale) -> bool:
         return scale.name in _exclusive_at(self.budgets[budget], self.scales)
@@ -136,7 +152,9 @@ class Experiment:
         planner, study, scale = Planner(), self.study, self.scale
         return {
             (model, budget, seed): planner.plan(
-                study.run(model, budget, seed, scale, self.configs[model]), study.is_exclusive(budget, scale)
+                study.run(model, budget, seed, scale, self.configs[model]),
+                study.is_exclusive(budget, scale),
+                **study.spread(model, scale),
             )
             for seed in self.seeds
             for model, budget in self.arms

@@ -24,11 +24,13 @@ LOCKS = ".locks"
 
 @dataclass(frozen=True)
 class Job:
-    """A run to be started. exclusive: its speed is measured, so nothing else may run on its processors meanwhile."""
+    """A run to be started. exclusive: its speed is measured, so nothing else may run on its processors meanwhile.
+    gpus: how many it is spread over, on one machine."""
 
     folder: RunFolder
     name: str
     exclusive: bool = False
+    gpus: int = 1
 
 
 class Handle(Protocol):
@@ -56,9 +58,10 @@ class Launcher(Protocol):
         """What it offers, in a few words."""
 
 
-def worker_command(folder: RunFolder) -> list[str]:
+def worker_command(job: Job) -> list[str]:
     """The command of a worker, to be run anywhere that sees the store under the same path."""
-    return [sys.executable, "-m", "e88.study.worker", str(folder.store.resolve()), folder.id]
+    command = [sys.executable, "-m", "e88.study.worker", str(job.folder.store.resolve()), job.folder.id]
+    return command if job.gpus == 1 else [*command, "--processes", str(job.gpus)]
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def cores() -> int:
 
 
 class LocalLauncher:
-    """Processes on this machine, one for each slot.
+    """Processes on this machine, one for each slot; a run on several GPUs takes as many slots, through torchrun.
 
     A worker holds its slot's lock, and a lock on the machine's processor: shared, or alone where its run is exclusive
     (on a GPU slot the slot is enough). The locks are files in the store, so that two schedulers on one store share the
@@ -128,33 +131,43 @@ class LocalLauncher:
         self.host = socket.gethostname()
 
     def start(self, job: Job) -> Handle | None:
-        for slot in self.slots:
-            if taken := self._take(slot, job.exclusive):
-                try:
-                    if slot.on_gpu:
-                        return LocalHandle(slot.name, _start_fresh(job.folder, slot, taken))
-                    # A run alone on the processor keeps the threads that the user has set, or all.
-                    threads = 0 if job.exclusive else slot.threads
-                    return LocalHandle(slot.name, start_warm(job.folder, slot.name, threads, taken))
-                finally:
-                    # The worker has inherited them.
-                    for lock in taken:
-                        lock.close()
-        return None
+        if job.gpus > len(self.slots):
+            raise UserError(f"{job.name} asks for {job.gpus} GPUs or slots; there are {len(self.slots)}")
+        slots, locks = self._take(job.gpus, job.exclusive)
+        if not slots:
+            return None
+        try:
+            name = "+".join(slot.name for slot in slots)
+            if slots[0].on_gpu or job.gpus > 1:
+                return LocalHandle(name, _start_fresh(job, slots, name, locks))
+            # A run alone on the processor keeps the threads that the user has set, or all.
+            threads = 0 if job.exclusive else slots[0].threads
+            return LocalHandle(name, start_warm(job.folder, name, threads, locks))
+        finally:
+            # The worker has inherited them.
+            for lock in locks:
+                lock.close()
 
     def describe(self) -> str:
         return "local slots " + ", ".join(slot.name for slot in self.slots)
 
-    def _take(self, slot: Slot, exclusive: bool) -> list[IO[str]]:
-        """The locks of a free slot; [] where it is not free."""
-        own = try_lock(self.locks / f"{self.host}-{slot.name}")
-        if own is None or slot.on_gpu:
-            return [own] if own else []
-        machine = try_lock(self.locks / self.host, shared=not exclusive)
-        if machine is None:
-            own.close()
-            return []
-        return [own, machine]
+    def _take(self, count: int, exclusive: bool) -> tuple[list[Slot], list[IO[str]]]:
+        """`count` free slots and their locks; none where there are fewer."""
+        slots: list[Slot] = []
+        locks: list[IO[str]] = []
+        for slot in self.slots:
+            if len(slots) < count and (lock := try_lock(self.locks / f"{self.host}-{slot.name}")):
+                slots.append(slot)
+                locks.append(lock)
+        if len(slots) == count and not slots[0].on_gpu:
+            machine = try_lock(self.locks / self.host, shared=not exclusive)
+            locks += [machine] if machine else []
+            count += machine is None
+        if len(slots) == count:
+            return slots, locks
+        for lock in locks:
+            lock.close()
+        return [], []
 
 
 class LocalHandle:
@@ -173,10 +186,14 @@ class LocalHandle:
         self.process.kill()
 
 
-def _start_fresh(folder: RunFolder, slot: Slot, locks: list[IO[str]]) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, **slot.environment, "E88_SLOT": slot.name}
-    with open(folder.path / "worker.log", "ab") as log:
+def _start_fresh(job: Job, slots: list[Slot], name: str, locks: list[IO[str]]) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "E88_SLOT": name}
+    if slots[0].on_gpu:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(slot.environment["CUDA_VISIBLE_DEVICES"] for slot in slots)
+    else:
+        environment |= dict.fromkeys(("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"), str(slots[0].threads))
+    with open(job.folder.path / "worker.log", "ab") as log:
         return subprocess.Popen(
-            [*worker_command(folder), str(os.getpid())], env=environment, start_new_session=True,
+            [*worker_command(job), "--parent", str(os.getpid())], env=environment, start_new_session=True,
             pass_fds=[lock.fileno() for lock in locks], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
         )  # fmt: skip

@@ -14,11 +14,14 @@ from e88.training.config import config_hash
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """id: the hash of everything that decides the run. exclusive: its speed is measured, so it runs alone."""
+    """id: the hash of everything that decides the run. exclusive: its speed is measured, so it runs alone. gpus,
+    parallel: how many it is spread over (slots of the processor where there are none), `ddp` or `fsdp`."""
 
     id: str
     spec: RunSpec
     exclusive: bool = False
+    gpus: int = 1
+    parallel: str = "ddp"
 
     @property
     def title(self) -> str:
@@ -32,7 +35,7 @@ class Planner:
         self._corpora: dict[tuple[str, str | None], Corpus] = {}
         self._models: dict[ModelConfig, dict[str, Any]] = {}
 
-    def plan(self, spec: RunSpec, exclusive: bool = False) -> PlannedRun:
+    def plan(self, spec: RunSpec, exclusive: bool = False, gpus: int = 1, parallel: str = "ddp") -> PlannedRun:
         """The run of a spec, with the vocabulary of its data. Raises UserError where those cannot be opened."""
         key = spec.data, spec.tokenizer
         if key not in self._corpora:
@@ -41,7 +44,8 @@ class Planner:
         spec = spec.with_vocabulary(corpus.vocab_size)
         if spec.model not in self._models:
             self._models[spec.model] = spec.model.to_dict()
-        return PlannedRun(config_hash(self._models[spec.model], spec.training.to_dict(), corpus.hash), spec, exclusive)
+        run_id = config_hash(self._models[spec.model], spec.training.to_dict(), corpus.hash)
+        return PlannedRun(run_id, spec, exclusive, gpus, parallel)
 
 
 def distinct(runs: Iterable[PlannedRun]) -> list[PlannedRun]:

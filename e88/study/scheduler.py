@@ -121,12 +121,12 @@ class _Scheduler:
                 self.elsewhere.append(self.waiting.popleft())
                 continue
             task = {
-                "run": run.spec.to_dict(), "device": self.device, "keep_checkpoint": self.keep,
-                "replaces": self.replaces.get(run.id),
+                "run": run.spec.to_dict(), "device": self.device, "parallel": run.parallel,
+                "keep_checkpoint": self.keep, "replaces": self.replaces.get(run.id),
             }  # fmt: skip
             if folder.task() != task:
                 folder.write("task.json", task)
-            job = Job(folder, run.title, run.exclusive)
+            job = Job(folder, run.title, run.exclusive, run.gpus)
             handle = self.launcher.start(job)
             if handle is None:
                 return

@@ -17,6 +17,8 @@ SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("auto", "bf16", "fp32")
 # How often a run is saved or looked into decides nothing.
 UNDECIDING = ("checkpoint_every", "layers_every")
+# How several processes share a run: a whole model each, or a part of every tensor.
+MODES = ("ddp", "fsdp")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,10 +22,9 @@ from e88.errors import UserError
 from e88.layers.common import keep_decay_exemptions
 from e88.models.lm import LanguageModel
 from e88.runtime import choose_device
-from e88.training.config import TrainingConfig
+from e88.training.config import MODES, TrainingConfig
 
 T = TypeVar("T")
-MODES = ("ddp", "fsdp")
 
 
 class RanksLost(Exception):

@@ -25,7 +25,10 @@ class Quiet:
         self.lines.append(text)
 
 
-def run(text: Path, name: str = "small", steps: int = 4, exclusive: bool = False, **training: Any) -> PlannedRun:
+def run(
+    text: Path, name: str = "small", steps: int = 4, exclusive: bool = False, gpus: int = 1, parallel: str = "ddp",
+    **training: Any,
+) -> PlannedRun:  # fmt: skip
     spec = {
         "name": name,
         "model": {"dim": 16, "depth": 2, "mixer": {"kind": "e88", "n_heads": 2, "n_state": 8}},
@@ -34,7 +37,7 @@ def run(text: Path, name: str = "small", steps: int = 4, exclusive: bool = False
         },
         "data": str(text),
     }  # fmt: skip
-    return Planner().plan(RunSpec.from_dict(spec), exclusive)
+    return Planner().plan(RunSpec.from_dict(spec), exclusive, gpus, parallel)
 
 
 def schedule(runs: list[PlannedRun], out: Path, view: Quiet | None = None, slots: int = 2, **options: Any) -> Any:

@@ -170,7 +170,7 @@ def test_an_exclusive_run_waits_for_others_and_others_for_it(text: Path, tmp_pat
         assert held is not None and launcher.start(job) is None
         held.close()
     with try_lock(machine, shared=True) as _, try_lock(tmp_path / LOCKS / f"{launcher.host}-cpu0") as _:  # type: ignore
-        assert [slot.name for slot in launcher.slots if launcher._take(slot, False)] == ["cpu1"]
+        assert [slot.name for slot in launcher._take(1, False)[0]] == ["cpu1"] and launcher._take(2, False) == ([], [])
 
 
 def test_a_run_whose_data_changed_is_refused(text: Path, tmp_path: Path) -> None:
