@@ -4,10 +4,10 @@
 
 memcheck finds accesses outside of a tensor, racecheck races in shared memory. Each backend is run under each tool in a
 process of its own, at small shapes: several widths of state, K different from V, a last segment cut short, packed
-sequences of which one is empty, with and without a write gate and a given state, in bf16 and float32; and the kernels
-with which the backend `cuda` decodes. Results are compared with float64 on the way. First a call whose sequences end
-past the last token, which memcheck must find: it shows that the kernels are looked at. The exit code is 1 where
-anything else is found. Needs `compute-sanitizer` (of the CUDA toolkit) on the path.
+sequences of which one is empty, with and without a write gate and a given state, in bf16 and float32; and, of the
+backend `cuda`, the kernels that take raw projections and those that decode. Results are compared with float64 on the
+way. First a call whose sequences end past the last token, which memcheck must find: it shows that the kernels are
+looked at. The exit code is 1 where anything else is found. Needs `compute-sanitizer` (of the CUDA toolkit) on the path.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import time
 import torch
 from torch import Tensor
 
-from e88.ops import few_rows, fused_tanh_delta_rule_step, tanh_delta_rule
+from e88.ops import few_rows, fused_tanh_delta_rule, fused_tanh_delta_rule_step, tanh_delta_rule
 from e88.ops.accuracy import TOLERANCE, Shape, draw, relative_errors, worst
 
 SIZES = ((16, 16), (32, 32), (40, 40), (64, 64), (128, 128), (32, 64), (64, 24))
@@ -65,6 +65,29 @@ def run_shapes(backend: str, device: str = "cuda") -> int:
         if not error <= TOLERANCE[dtype]:
             wrong += 1
             print(f"{backend} {shape} {dtype} packed={packed}: {name} is off by {error:.1e}", flush=True)
+    return wrong
+
+
+def run_fused(device: str = "cuda") -> int:
+    """The operator from raw projections, with and without gates; the number of cases off from float64."""
+    wrong = 0
+    for (dtype, K, V), gated in itertools.product(CASES, (False, True)):
+        widths = (HEADS * (2 * K + V), HEADS, *((HEADS, HEADS * V) if gated else ()))
+        raw = [torch.randn(2, 19, width, device=device).to(dtype) for width in widths]
+        vectors = [torch.randn(HEADS, device=device) for _ in range(2)]
+
+        def outcome(raw: list[Tensor], vectors: list[Tensor], sizes: tuple[int, int]) -> tuple[Tensor, ...]:
+            leaves = [x.detach().requires_grad_() for x in raw]
+            b, gate = leaves[2:] or (None, None)
+            y, _ = fused_tanh_delta_rule(
+                *leaves[:2], *vectors, b=b, gate=gate, n_heads=HEADS, head_k_dim=sizes[0], head_v_dim=sizes[1]
+            )
+            weights = torch.linspace(-1, 1, y.shape[-1], device=y.device)
+            return y.detach(), *torch.autograd.grad((y.double() * weights).sum(), leaves)
+
+        exact = [[x.cpu().double() for x in part] for part in (raw, vectors)]
+        actual, expected = outcome(raw, vectors, (K, V)), outcome(*exact, (K, V))
+        wrong += report(f"fused K{K} V{V} {dtype} gates={gated}", actual, expected, dtype)
     return wrong
 
 
@@ -150,7 +173,7 @@ def main() -> int:
         run_past_the_end(arguments.inside)
         return 0
     if arguments.inside:
-        wrong = run_shapes(arguments.inside) + (run_decoding() if arguments.inside == "cuda" else 0)
+        wrong = run_shapes(arguments.inside) + (run_fused() + run_decoding() if arguments.inside == "cuda" else 0)
         return 1 if wrong else 0
     if shutil.which("compute-sanitizer") is None:
         parser.error("compute-sanitizer is not on the path; install the CUDA toolkit")

@@ -7,11 +7,11 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from operands import assert_close, operands
+from projections import SHAPES, Projections, projections
 
 from e88.errors import UserError
 from e88.ops import fused_tanh_delta_rule, record_backends, tanh_delta_rule
-from tests.ops.operands import assert_close, operands
-from tests.ops.projections import SHAPES, Projections, projections
 
 
 def by_the_equations(x: Projections) -> tuple[torch.Tensor, torch.Tensor]:
