@@ -22,7 +22,9 @@ ALLOWED = {
     "training": {"data", "models", "sizing", "layers", "ops", "runtime"},
     "study": {"training", "sizing", "data", "models", "runtime"},
     # The parts of study that make no run.
-    "report": {f"study.{m}" for m in ("store", "statistics", "design", "judge", "verdict", "findings", "frontier")},
+    "report": {
+        f"study.{m}" for m in ("store", "statistics", "design", "judge", "verdict", "findings", "frontier", "claims")
+    },
     "cli": {"report", "study", "training", "sizing", "data", "models", "layers", "ops", "runtime"},
 }
 HEAVY = {"torch", "numba", "triton", "transformers", "matplotlib", "scipy", "pandas"}

@@ -171,7 +171,7 @@ def report(
     data: options.Data = None,
     as_json: options.Json = False,
 ) -> None:
-    """The verdicts on the claims, from the records alone; also written to study-SCALE.json and .md in the store."""
+    """The verdicts, from the records alone; the page study-SCALE.html goes into the store, .md, .csv, .json beside."""
     experiment, store = _experiment(spec, scale, out, claim, seeds, data)
     _report(experiment, store, as_json)
 
@@ -240,11 +240,9 @@ def make_launcher(
 
 
 def _report(experiment: Experiment, store: Path, as_json: bool) -> None:
-    from e88.report.study import render_terminal, study_report, write_report
-    from e88.study.store import Store
+    from e88.report.study import render_terminal
+    from e88.report.study_page import report_study
 
-    records = {record["id"]: record for record in Store(store).summaries()}
-    result = study_report(experiment, records)
-    path = write_report(result, store)
+    result, path = report_study(experiment, store)
     print(json.dumps(result.to_dict()) if as_json else render_terminal(result), end="\n" if as_json else "")
     print(f"report: {path}", file=sys.stderr)

@@ -112,11 +112,11 @@ class Comparison:
     groups: tuple[Group, ...]
     warnings: tuple[str, ...] = field(default=())
 
-    @property
+    @cached_property
     def runs(self) -> list[Record]:
         return [run for group in self.groups for run in group.runs]
 
-    @property
+    @cached_property
     def ranked(self) -> list[Group]:
         """The groups that have a held-out figure, best first."""
         return [group for group in self.groups if group.bpb is not None]
@@ -211,13 +211,14 @@ def _labels(members: list[list[Record]]) -> list[str]:
     """The name of each group; where a name is shared, with the settings that tell its groups apart."""
     names = [str(runs[0].get("name") or runs[0]["id"]) for runs in members]
     counts = Counter(names)
-    flat = [dict(flatten(_without_seed(runs[0]))) for runs in members]
-    labels = []
-    for index, (name, config) in enumerate(zip(names, flat, strict=True)):
-        others = [flat[i] for i, other in enumerate(names) if other == name and i != index]
+    shared = {i: dict(flatten(_without_seed(members[i][0]))) for i, name in enumerate(names) if counts[name] > 1}
+    labels = names.copy()
+    for index, config in shared.items():
+        name = names[index]
+        others = [other for i, other in shared.items() if names[i] == name and i != index]
         differing = [key for key in config if any(other.get(key) != config[key] for other in others)]
         told = ", ".join(f"{key.rsplit('.', 1)[-1]}={config[key]}" for key in differing[:3])
-        labels.append(f"{name} ({told or members[index][0]['id']})" if counts[name] > 1 else name)
+        labels[index] = f"{name} ({told or members[index][0]['id']})"
     repeated = Counter(labels)
     return [
         label if repeated[label] == 1 else f"{label} {runs[0]['id']}"
@@ -288,11 +289,11 @@ def duration(seconds: float) -> str:
 
 
 def count(value: float) -> str:
-    """A count in three digits: 950, 57.3K, 1.20M, 504M, 2.1e+15."""
+    """A count in three digits: 950, 57.3K, 1.20M, 504M, 2.1e15."""
     if abs(value) < 1e4:
         return f"{value:.0f}"
     for size, unit in ((1e3, "K"), (1e6, "M"), (1e9, "B")):
         # From 999.5 up three digits would round to 1000 of this unit.
         if abs(value) < 999.5 * size:
             return f"{value / size:#.3g}".rstrip(".") + unit
-    return f"{value:.3g}"
+    return f"{value:.3g}".replace("e+", "e")

@@ -14,6 +14,8 @@ from e88.report.compare import Comparison, Group, Record, dig, number
 Array = NDArray[np.float64]
 # Where the axes start, as a share of the shortest run: what lies before is the first noisy steps.
 START = 0.05
+# Of more models the best are drawn: each takes kilobytes, and more lines show nothing.
+MOST_LINES = 40
 GRID = 240
 
 
@@ -55,9 +57,12 @@ def has_heldout_curves(comparison: Comparison) -> bool:
 
 
 def comparison_curves(comparison: Comparison, measure: Measure, x_key: str) -> list[Curve]:
-    """For each group the mean curve of the seeds that are done, then each diverged run's own curve."""
+    """For each group the mean curve of the seeds that are done, then each diverged run's own curve.
+
+    x_key: a key of the points of a curve, or "flops": training compute up to there. Of many groups the best are taken.
+    """
     curves = []
-    for group in comparison.groups:
+    for group in comparison.groups[:MOST_LINES]:
         points = [line for run in group.done if len((line := _points(run, measure, x_key))[0])]
         if points:
             curves.append(_mean_curve(group, points))
@@ -70,9 +75,11 @@ def comparison_curves(comparison: Comparison, measure: Measure, x_key: str) -> l
 
 
 def _points(run: Record, measure: Measure, x_key: str) -> tuple[Array, Array]:
-    rows = [(number(point, x_key), number(point, measure.key)) for point in dig(run, measure.source) or ()]
+    key, per_token = ("tokens", number(run, "model", "flops_per_token")) if x_key == "flops" else (x_key, 1.0)
+    points = (dig(run, measure.source) or ()) if per_token else ()
+    rows = [(number(point, key), number(point, measure.key)) for point in points]
     kept = sorted((x, y) for x, y in rows if x is not None and y is not None and x > 0)
-    x, y = np.array([row[0] for row in kept]), np.array([row[1] for row in kept]) * measure.factor(run)
+    x, y = np.array([row[0] for row in kept]) * per_token, np.array([row[1] for row in kept]) * measure.factor(run)
     return x, smooth(y, len(y) // 40) if measure.source == "curve" else y
 
 

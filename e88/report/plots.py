@@ -15,6 +15,7 @@ from e88.report.curves import (
     HELDOUT,
     LOSS,
     LOSS_BPB,
+    MOST_LINES,
     Curve,
     Measure,
     axis_ranges,
@@ -27,19 +28,23 @@ from e88.report.style import Style, draw_marker, styles
 from e88.report.svg import HEIGHT, LABEL_WIDTH, WIDTH, Box, Canvas, Figure, Scale, shorten, spread_labels, text_width
 
 LABELS = 14
-X_TITLES = {"seconds": "training time, seconds", "step": "optimiser steps", "tokens": "training tokens"}
+X_TITLES = {"seconds": "training time, seconds", "tokens": "training tokens", "flops": "training compute, FLOPs"}
 
 
-def figures(comparison: Comparison) -> list[Figure]:
-    """Every figure that the records of a comparison can fill, the plainest first."""
+def figures(comparison: Comparison, timed: bool = True) -> list[Figure]:
+    """Every figure that the records of a comparison can fill, the plainest first.
+
+    timed: whether its runs had their processor to themselves; without, nothing is shown against time or speed.
+    """
     look = styles(comparison.groups)
-    found = [interval_figure(comparison, look), throughput_figure(comparison, look)]
+    found = [interval_figure(comparison, look), throughput_figure(comparison, look) if timed else None]
     if has_heldout_curves(comparison):
-        found.append(curve_figure(comparison, look, HELDOUT, "seconds", "Held-out bits per byte against time"))
-    for key, name in (("seconds", "time"), ("step", "steps"), ("tokens", "tokens")):
+        key, name = ("seconds", "time") if timed else ("tokens", "tokens")
+        found.append(curve_figure(comparison, look, HELDOUT, key, f"Held-out bits per byte against {name}"))
+    for key, name in (("seconds", "time"), ("tokens", "tokens"), ("flops", "compute"))[0 if timed else 1 :]:
         found.append(curve_figure(comparison, look, LOSS, key, f"Training loss against {name}"))
     found.append(scatter_figure(comparison, look, "state"))
-    found.append(scatter_figure(comparison, look, "speed"))
+    found.append(scatter_figure(comparison, look, "speed") if timed else None)
     return [figure for figure in found if figure is not None]
 
 
@@ -81,6 +86,8 @@ def curve_figure(
         notes.append("Smoothed; the first 5 % is not shown.")
     if any(curve.diverged for curve in curves):
         notes.append("Thin line ending in ×: a run that diverged.")
+    if len(comparison.groups) > MOST_LINES:
+        notes.append(f"The best {MOST_LINES} of {len(comparison.groups)} models.")
     return Figure(title, canvas.markup(), " ".join(notes))
 
 

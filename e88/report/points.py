@@ -8,9 +8,11 @@ from e88.report.compare import Comparison, Group, count, pair
 from e88.report.style import Style, draw_marker
 from e88.report.svg import HEIGHT, LABEL_WIDTH, LINE, WIDTH, Box, Canvas, Figure, Scale, shorten, text_width
 from e88.report.tables import SPEED
+from e88.study.frontier import Place, Point, frontier
 from e88.study.statistics import Estimate, median_spread
 
 ROW = 24.0
+SCORE = "held-out bits per byte (lower is better)"
 # Where a label may stand around its point, best first: direction across and down, with the text's anchor.
 _PLACES = ((1, 0, "start"), (-1, 0, "end"), (0, -1, "middle"), (0, 1, "middle"),
            (1, -1, "start"), (1, 1, "start"), (-1, -1, "end"), (-1, 1, "end"))  # fmt: skip
@@ -20,6 +22,8 @@ _X_TITLES = {
     "state": "state per layer, elements",
     "speed": "training tokens per second (median of steady steps)",
 }
+# Of more models the best are drawn, in figures with a row for each and with a point for each.
+_MOST_ROWS, _MOST_POINTS = 40, 300
 
 
 def interval_figure(comparison: Comparison, look: dict[str, Style]) -> Figure | None:
@@ -27,11 +31,12 @@ def interval_figure(comparison: Comparison, look: dict[str, Style]) -> Figure | 
     scores = {group.label: group.bpb for group in comparison.ranked}
     if not scores:
         return None
-    low, high = _score_range([score for score in scores.values() if score])
-    canvas, box = _rows_canvas("Held-out bits per byte of each model", comparison.groups, right=64)
+    groups = comparison.groups[:_MOST_ROWS]
+    low, high = _score_range([score for group in groups if (score := scores.get(group.label))])
+    canvas, box = _rows_canvas("Held-out bits per byte of each model", groups, right=64)
     x = Scale(low, high, box.left, box.right)
-    canvas.axes(box, x, None, "held-out bits per byte (lower is better)")
-    for row, group in enumerate(comparison.groups):
+    canvas.axes(box, x, None, SCORE)
+    for row, group in enumerate(groups):
         y = box.top + ROW * (row + 0.5)
         _row_label(canvas, box, y, group)
         score = scores.get(group.label)
@@ -53,8 +58,7 @@ def interval_figure(comparison: Comparison, look: dict[str, Style]) -> Figure | 
     notes = ["Filled: mean over seeds; hollow: each seed; line: 95 % interval over seeds."] if several else []
     if single:
         notes.append("With one seed the line is the interval over held-out windows, which says nothing of other seeds.")
-    caption = " ".join(notes)
-    return Figure("Held-out bits per byte", canvas.markup(), caption)
+    return Figure("Held-out bits per byte", canvas.markup(), " ".join(notes + _left_out(comparison)))
 
 
 def _interval(canvas: Canvas, x: Scale, y: float, low: float, high: float) -> None:
@@ -70,7 +74,8 @@ def _interval(canvas: Canvas, x: Scale, y: float, low: float, high: float) -> No
 def throughput_figure(comparison: Comparison, look: dict[str, Style]) -> Figure | None:
     """Training tokens per second as bars, with the spread of steady steps and the ratio to the fastest."""
     speeds = {}
-    for group in comparison.groups:
+    groups = comparison.groups[:_MOST_ROWS]
+    for group in groups:
         values = _speeds(group)
         if values:
             ranges = [pair(run, "results", "tokens_per_second_spread") for run in group.done]
@@ -78,10 +83,10 @@ def throughput_figure(comparison: Comparison, look: dict[str, Style]) -> Figure 
     if not speeds:
         return None
     fastest = max(speed.median for speed in speeds.values())
-    canvas, box = _rows_canvas("Training tokens per second of each model", comparison.groups, right=104)
+    canvas, box = _rows_canvas("Training tokens per second of each model", groups, right=104)
     x = Scale(0, max(max(speed.high for speed in speeds.values()), fastest) * 1.02, box.left, box.right)
     canvas.axes(box, x, None, "training tokens per second (median of steady steps)")
-    for row, group in enumerate(comparison.groups):
+    for row, group in enumerate(groups):
         y = box.top + ROW * (row + 0.5)
         _row_label(canvas, box, y, group)
         speed = speeds.get(group.label)
@@ -97,11 +102,14 @@ def throughput_figure(comparison: Comparison, look: dict[str, Style]) -> Figure 
         canvas.end()
         canvas.line(x(speed.low), y, x(speed.high), y, "whisker")
         canvas.text(box.right + 8, y, f"{count(speed.median)} · {speed.median / fastest:.2f}×")
-    caption = (
-        "Line: 10th to 90th percentile of the steps. × is the ratio to the fastest: "
-        "speeds are ratios on one machine, not figures for others."
-    )
-    return Figure("Training speed", canvas.markup(), caption)
+    notes = ["Line: 10th to 90th percentile of the steps. × is the ratio to the fastest: speeds are ratios on one "
+             "machine, not figures for others."]  # fmt: skip
+    return Figure("Training speed", canvas.markup(), " ".join(notes + _left_out(comparison)))
+
+
+def _left_out(comparison: Comparison, most: int = _MOST_ROWS) -> list[str]:
+    count = len(comparison.groups)
+    return [f"The best {most} of {count} models; the table has all."] if count > most else []
 
 
 def _speeds(group: Group) -> list[float]:
@@ -122,7 +130,7 @@ def scatter_figure(comparison: Comparison, look: dict[str, Style], against: str)
     """One point for each model with a score; against: "state" (elements per layer) or "speed" (tokens per second)."""
     points: list[tuple[Group, float, Estimate]] = []
     absent = []
-    for group in comparison.ranked:
+    for group in comparison.ranked[:_MOST_POINTS]:
         value, score = _position(group, against), group.bpb
         if value and value > 0 and score:
             points.append((group, value, score))
@@ -133,9 +141,13 @@ def scatter_figure(comparison: Comparison, look: dict[str, Style], against: str)
         return None
     title = "Held-out bits per byte against " + ("state size" if against == "state" else "training speed")
     canvas = Canvas(WIDTH, HEIGHT, title)
-    box = Box(52, 30, WIDTH - 10, HEIGHT - 44)
-    x, y = _scales([value for _, value, _ in points], [score for _, _, score in points], box)
-    canvas.axes(box, x, y, _X_TITLES[against], "held-out bits per byte (lower is better)")
+    box = Box(52, 30, WIDTH - 18, HEIGHT - 44)
+    x, y = point_scales([value for _, value, _ in points], [score for _, _, score in points], box)
+    canvas.axes(box, x, y, _X_TITLES[against], SCORE)
+    places = _frontier(points, against)
+    corners = [(x(abs(place.cost)), y(place.loss)) for place in places if place.on_frontier]
+    _draw_frontier(canvas, corners, box.top, box.right if against == "state" else box.left)
+    certainly_off = {place.name for place in places if not place.on_frontier and place.decided}
     for group, at, score in points:
         style = look[group.label]
         canvas.group(style.light, style.dark, f"{group.label}: {score.mean:.4f} bits per byte")
@@ -143,10 +155,15 @@ def scatter_figure(comparison: Comparison, look: dict[str, Style], against: str)
             canvas.clip(box)
             canvas.line(x(at), y(score.low), x(at), y(score.high), "faint")
             canvas.end_clip()
-        draw_marker(canvas, style, x(at), y(score.mean))
+        draw_marker(canvas, style, x(at), y(score.mean), css="hollow" if group.label in certainly_off else "mark")
         canvas.end()
     unnamed = _label_points(canvas, box, [(group, x(at), y(score.mean)) for group, at, score in points])
-    notes = ["Line: 95 % interval."]
+    less = "a smaller state" if against == "state" else "more speed"
+    notes = [f"Line: 95 % interval. Dashed: the frontier, where nothing with {less} is better."]
+    if certainly_off:
+        notes.append("Hollow: off it for certain (paired 95 % interval over seeds).")
+    elif any(not place.on_frontier for place in places):
+        notes.append("No model is off it for certain (paired 95 % interval over seeds).")
     if against == "state" and any(group.kind == "attention" for group, _, _ in points):
         notes.append("The state of attention is its cache of one window; the others' does not grow.")
     if absent:
@@ -154,7 +171,21 @@ def scatter_figure(comparison: Comparison, look: dict[str, Style], against: str)
         notes.append(f"Without {what}, and so not shown: {', '.join(absent)}.")
     if unnamed:
         notes.append("Where labels would overlap, some points go without; point at one for its name.")
-    return Figure(title, canvas.markup(), " ".join(notes))
+    return Figure(title, canvas.markup(), " ".join(notes + _left_out(comparison, _MOST_POINTS)))
+
+
+def _frontier(points: Sequence[tuple[Group, float, Estimate]], against: str) -> list[Place]:
+    """Costs of speed are its negative: less is better."""
+    sign = 1 if against == "state" else -1
+    return frontier([Point(group.label, sign * at, group.by_seed("results", "heldout_bpb")) for group, at, _ in points])
+
+
+def _draw_frontier(canvas: Canvas, corners: Sequence[tuple[float, float]], top: float, costly: float) -> None:
+    """A staircase through the corners, cheapest first, from the top of the figure to its costly side."""
+    stairs = [(corners[0][0], top)]
+    for at, height in corners:
+        stairs += [(at, stairs[-1][1]), (at, height)]
+    canvas.path([*stairs, (costly, stairs[-1][1])], "frontier")
 
 
 def _position(group: Group, against: str) -> float | None:
@@ -164,7 +195,8 @@ def _position(group: Group, against: str) -> float | None:
     return median_spread(values).median if values else None
 
 
-def _scales(values: Sequence[float], scores: Sequence[Estimate], box: Box) -> tuple[Scale, Scale]:
+def point_scales(values: Sequence[float], scores: Sequence[Estimate], box: Box) -> tuple[Scale, Scale]:
+    """Scales for points at `values` (logarithmic where they span much) with scores and their intervals, in a box."""
     low, high = min(values), max(values)
     log = high / low > 4
     pad = (high / low) ** 0.12 if log else 0.15 * (high - low)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from e88.files import write_text
+from e88.report.tables import Row, render_csv
+from e88.report.tables import render_markdown as render_table
 from e88.study.design import Experiment
 from e88.study.findings import Frontier, ScalingLaw, frontiers, scaling_laws
 from e88.study.frontier import Place
@@ -21,6 +25,12 @@ from e88.study.verdict import CONFIRMED, REFUTED, UNDECIDED, Verdict
 
 # Columns where the output is no terminal.
 PLAIN_WIDTH = 160
+UNITS = {
+    "heldout_bpb": "bits per byte",
+    "train_loss": "nats per token",
+    "tokens_per_second": "tok/s",
+    "peak_memory_bytes": "bytes",
+}
 OUTCOMES = (CONFIRMED, REFUTED, UNDECIDED)
 
 
@@ -51,18 +61,27 @@ def study_report(experiment: Experiment, records: Mapping[str, Record]) -> Study
     )  # fmt: skip
 
 
-def write_report(report: StudyReport, store: Path) -> Path:
-    """Write study-SCALE.json and study-SCALE.md into the store; the path of the latter."""
-    write_text(store / f"study-{report.scale}.json", json.dumps(report.to_dict(), indent=1) + "\n")
-    return write_text(store / f"study-{report.scale}.md", render_markdown(report))
+def write_report(report: StudyReport, store: Path, rows: Sequence[Row] = ()) -> Path:
+    """Write study-SCALE.json, .md and .csv (the models) and study-SCALE-claims.csv into the store; the path of .md."""
+    base = store / f"study-{report.scale}"
+    write_text(base.with_suffix(".json"), json.dumps(report.to_dict(), indent=1) + "\n")
+    write_text(base.with_suffix(".csv"), render_csv(rows))
+    write_text(store / f"study-{report.scale}-claims.csv", render_claims_csv(report))
+    tables = "\n## Models\n\n" + render_table(rows) if rows else ""
+    return write_text(base.with_suffix(".md"), render_markdown(report) + tables)
 
 
 def headline(report: StudyReport) -> str:
-    """One line: what became of the runs and of the claims."""
+    """One line: the study, and what became of its runs and claims."""
+    return f"{report.title}. {counts_text(report)}"
+
+
+def counts_text(report: StudyReport) -> str:
+    """What became of the runs and of the claims."""
     counts = Counter(verdict.outcome for verdict in report.verdicts)
     claims = ", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES if counts[outcome]) or "none"
     runs = ", ".join(f"{count} {status}" for status, count in sorted(report.ended.items())) or "none"
-    return f"{report.title}. Scale {report.scale}; runs: {runs}; claims: {claims}."
+    return f"Scale {report.scale}; runs: {runs}; claims: {claims}."
 
 
 def estimate_text(verdict: Verdict) -> str:
@@ -71,21 +90,29 @@ def estimate_text(verdict: Verdict) -> str:
     if estimate is None:
         return ""
     is_ratio = verdict.unit.startswith("ratio")
-    against = f" against {_number(threshold)}" if threshold or is_ratio else ""
+    against = f" against {number_text(threshold)}" if threshold or is_ratio else ""
+    unit = UNITS.get(verdict.unit, verdict.unit)
     is_difference = not is_ratio and verdict.claim.form != "equals"
-    return f"{_number(estimate.mean, is_difference)}{_interval(estimate)}{against} {verdict.unit}"
+    return f"{rounded(estimate, is_difference)}{against} {unit}"
 
 
-def _interval(estimate: Estimate) -> str:
-    if estimate.low is None or estimate.high is None or estimate.over == "exact":
-        return ""
-    return f" ({_number(estimate.low)} to {_number(estimate.high)})"
+def rounded(estimate: Estimate, signed: bool = False) -> str:
+    """The mean with its interval, in the digits that the interval allows: three of half its width."""
+    if estimate.low is None or estimate.high is None or estimate.over == "exact" or estimate.low >= estimate.high:
+        return number_text(estimate.mean, signed)
+    decimals = 2 - math.floor(math.log10((estimate.high - estimate.low) / 2))
+
+    def told(value: float, sign: str = "") -> str:
+        return f"{round(value, decimals):{sign},.{max(decimals, 0)}f}"
+
+    return f"{told(estimate.mean, '+' if signed else '')} ({told(estimate.low)} to {told(estimate.high)})"
 
 
-def _number(value: float | None, signed: bool = False) -> str:
+def number_text(value: float | None, signed: bool = False) -> str:
+    """A number in four digits, whole from ten thousand on."""
     if value is None:
         return ""
-    text = f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+    text = f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
     return f"+{text}" if signed and value > 0 else text
 
 
@@ -101,7 +128,7 @@ def render_terminal(report: StudyReport, width: int | None = None) -> str:
         table.add_column(title, overflow="fold")
     styles = {CONFIRMED: "green", REFUTED: "red", UNDECIDED: "yellow"}
     for verdict in report.verdicts:
-        cells = [verdict.claim.name, verdict.outcome, _scale(verdict), _seeds(verdict), estimate_text(verdict),
+        cells = [verdict.claim.name, verdict.outcome, scale_text(verdict), _seeds(verdict), estimate_text(verdict),
                  verdict.reason]  # fmt: skip
         table.add_row(*map(Text, cells), style=styles[verdict.outcome])
     out, terminal = io.StringIO(), Console()
@@ -118,9 +145,9 @@ def render_terminal(report: StudyReport, width: int | None = None) -> str:
 def law_text(scaling: ScalingLaw) -> str:
     """A scaling law as a formula with the intervals of its exponents."""
     law = scaling.law
-    terms = [_number(law.floor.mean)] if law.floor else []
+    terms = [number_text(law.floor.mean)] if law.floor else []
     terms += [
-        f"{_number(scale.mean)} ({variable}/{_number(centre)})^-{_number(exponent.mean)}{_interval(exponent)}"
+        f"{number_text(scale.mean)} ({variable}/{number_text(centre)})^-{rounded(exponent)}"
         for variable, centre, scale, exponent in zip(law.variables, law.centres, law.scales, law.exponents, strict=True)
     ]
     edge = "; the data do not determine the exponent" if law.at_edge else ""
@@ -132,7 +159,7 @@ def frontier_text(frontier: Frontier) -> str:
     """Who is on a frontier, and who is not decided to be off it."""
 
     def named(places: list[Place]) -> str:
-        return ", ".join(f"{place.name} ({_number(place.cost)}, {place.loss:.4f})" for place in places)
+        return ", ".join(f"{place.name} ({number_text(place.cost)}, {place.loss:.4f})" for place in places)
 
     on = [place for place in frontier.places if place.on_frontier]
     near = [place for place in frontier.places if not place.on_frontier and not place.decided]
@@ -140,7 +167,8 @@ def frontier_text(frontier: Frontier) -> str:
     return text + (f"; not decided to be off it {named(near)}" if near else "")
 
 
-def _scale(verdict: Verdict) -> str:
+def scale_text(verdict: Verdict) -> str:
+    """Where a verdict was decided: the scale, and the budget there."""
     return f"{verdict.scale}, {verdict.at}" if verdict.at else verdict.scale
 
 
@@ -161,7 +189,7 @@ def render_markdown(report: StudyReport) -> str:
     for verdict in report.verdicts:
         claim = verdict.claim
         says = claim.says + (f" ({claim.note})" if claim.note else "")
-        cells = [claim.name, f"**{verdict.outcome}**", _scale(verdict), _seeds(verdict), estimate_text(verdict),
+        cells = [claim.name, f"**{verdict.outcome}**", scale_text(verdict), _seeds(verdict), estimate_text(verdict),
                  verdict.reason, says, claim.source]  # fmt: skip
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     for title, texts in (
@@ -171,3 +199,18 @@ def render_markdown(report: StudyReport) -> str:
         if texts:
             lines += ["", f"## {title}", "", *(f"- {text}" for text in texts)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def render_claims_csv(report: StudyReport) -> str:
+    """The verdicts as CSV with unrounded numbers."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(("claim", "says", "source", "note", "outcome", "scale", "mean", "low", "high", "threshold", "unit",
+                     "seeds", "more_seeds", "reason"))  # fmt: skip
+    for verdict in report.verdicts:
+        claim, estimate = verdict.claim, verdict.estimate
+        figures = (estimate.mean, estimate.low, estimate.high) if estimate else (None, None, None)
+        writer.writerow((claim.name, claim.says, claim.source, claim.note, verdict.outcome, verdict.scale, *figures,
+                         verdict.threshold, verdict.unit, verdict.seeds, verdict.more_seeds,
+                         verdict.reason))  # fmt: skip
+    return out.getvalue()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from e88.report.compare import Group
@@ -46,6 +46,11 @@ def styles(groups: Sequence[Group]) -> dict[str, Style]:
             )
             result[group.label] = Style(light, dark, _DASHES[rank % len(_DASHES)], _MARKERS.get(kind, "plus"))
     return result
+
+
+def kind_styles(kinds: Iterable[str]) -> dict[str, Style]:
+    """The style that stands for all models of a kind of mixer, by kind."""
+    return {kind: Style(*_COLOURS.get(kind, _OTHER), "", _MARKERS.get(kind, "plus")) for kind in kinds}
 
 
 def _mix(colour: str, other: str, share: float) -> str:

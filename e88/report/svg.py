@@ -13,11 +13,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 
-# Room for one line of text, and the width of a letter: of the largest size that the style sheet sets (on phones).
+# Room for one line of text, and the width of a digit: of the largest size that the style sheet sets (on phones), in a
+# wide font.
 LINE = 16.0
-LETTER = 7.4
+LETTER = 9.0
+_NARROW, _WIDE = frozenset("ijlftr.,:;|'()[]- "), frozenset("mwMW%@")
 # A figure of the page; two stand side by side where there is room.
-WIDTH, HEIGHT = 500.0, 330.0
+WIDTH, HEIGHT = 440.0, 300.0
 # The most room that a model's name gets.
 LABEL_WIDTH = 165.0
 
@@ -26,7 +28,15 @@ STYLE = (resources.files("e88.report") / "figure.css").read_text(encoding="utf-8
 
 def text_width(text: str) -> float:
     """About how wide a text is drawn, in user units, on the safe side."""
-    return sum(LETTER * (1.9 if unicodedata.east_asian_width(char) in "WF" else 1.0) for char in text)
+    return LETTER * sum(map(_share, text))
+
+
+def _share(char: str) -> float:
+    if char in _NARROW:
+        return 0.65
+    if char in _WIDE:
+        return 1.55
+    return 1.9 if unicodedata.east_asian_width(char) in "WF" else 1.0
 
 
 def shorten(text: str, width: float) -> str:
@@ -75,6 +85,11 @@ class Scale:
         if self.log and self.high / self.low > 6:
             return self._log_ticks(wanted)
         step = _round_step((self.high - self.low) / wanted)
+        if len(self._multiples(step)) < 3:
+            step = _round_step(step * 0.45)
+        return self._multiples(step)
+
+    def _multiples(self, step: float) -> list[float]:
         first = math.ceil(self.low / step - 1e-9)
         return [i * step for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
@@ -94,7 +109,8 @@ def _round_step(step: float) -> float:
 
 
 def tick_texts(ticks: Sequence[float], log: bool = False) -> list[str]:
-    """Labels of ticks, with K, M or B where large: a logarithmic axis picks the unit for each, a linear one for all."""
+    """Labels of ticks, with K, M or B where large, 2e15 where huge: a logarithmic axis picks the unit for each, a
+    linear one for all."""
     if log:
         return [_with_unit(tick, abs(tick), 1e3, None) for tick in ticks]
     top = max((abs(tick) for tick in ticks), default=0.0)
@@ -103,6 +119,10 @@ def tick_texts(ticks: Sequence[float], log: bool = False) -> list[str]:
 
 
 def _with_unit(tick: float, size: float, threshold: float, step: float | None) -> str:
+    if tick == 0:
+        return "0"
+    if size >= 1e12:
+        return f"{tick:.3g}".replace("e+", "e")
     units = ((1e9, "B"), (1e6, "M"), (1e3, "K"))
     scale, unit = next(((s, u) for s, u in units if size >= max(s, threshold)), (1.0, ""))
     if step is None:
@@ -125,10 +145,7 @@ class Box:
 
     def overlaps(self, other: Box) -> bool:
         return (
-            self.left < other.right
-            and other.left < self.right
-            and self.top < other.bottom
-            and other.top < self.bottom
+            self.left < other.right and other.left < self.right and self.top < other.bottom and other.top < self.bottom
         )
 
     def inside(self, other: Box) -> bool:
@@ -185,9 +202,17 @@ class Canvas:
     def end_clip(self) -> None:
         self.add("</svg>")
 
-    def axes(self, box: Box, x: Scale, y: Scale | None, x_title: str, y_title: str = "") -> None:
-        """Grid, tick labels and titles; without y only the x axis, its grid lines the full height."""
+    def axes(
+        self, box: Box, x: Scale, y: Scale | None, x_title: str, y_title: str = "", at: Sequence[float] = ()
+    ) -> None:
+        """Grid, tick labels and titles; without y only the x axis, its grid lines the full height.
+
+        at: where the ticks of x shall be, if their labels find room there.
+        """
         ticks = x.ticks(max(3, int((box.right - box.left) / 62)))
+        widths = [text_width(told) for told in tick_texts(at, log=True)]
+        if at and all(x(b) - x(a) > w for a, b, w in zip(at, at[1:], widths[1:], strict=False)):
+            ticks = list(at)
         for tick, told in zip(ticks, tick_texts(ticks, x.log), strict=True):
             self.line(x(tick), box.top, x(tick), box.bottom, "grid")
             self.text(x(tick), box.bottom + 13, told, anchor="middle", css="soft")

@@ -21,6 +21,7 @@ from e88.study.statistics import Estimate
 EXPONENTS = np.geomspace(0.01, 3.0, 300)
 JOINT_EXPONENTS = np.geomspace(0.02, 2.0, 48)
 DRAWS = 200
+BAND_POINTS = 24
 # Of more runs than this a random part is used: the rest would only cost time.
 MOST_POINTS = 400
 # How far the refined searches reach, as a factor: about a step of the coarser grid each.
@@ -39,7 +40,8 @@ class PowerLaw:
     """y = floor + sum of scale (x / centre)^-exponent over the variables. Estimates: n is the number of points.
 
     floor is None where there were too few distinct x to tell one; `at_edge` where an exponent ran into the end of the
-    searched range, so that the data do not determine it. error: root mean square residual.
+    searched range, so that the data do not determine it. error: root mean square residual. band: of a law over one
+    variable, (x, low, y, high) from its smallest to its largest x, with the 95 % interval of y.
     """
 
     variables: tuple[str, ...]
@@ -49,6 +51,7 @@ class PowerLaw:
     exponents: tuple[Estimate, ...]
     error: float
     at_edge: bool
+    band: tuple[tuple[float, float, float, float], ...] = ()
 
     def predict(self, *x: float) -> float:
         """The fitted value at x, one for each variable."""
@@ -125,7 +128,18 @@ def _fit(variables: tuple[str, ...], x: Array, y: Array, grid: Grid, floor: bool
         tuple(estimate(exponent[i], exponents[:, i]) for i in range(len(variables))),
         float(np.sqrt(np.mean(residuals**2))),
         any(value in (grid[0][i], grid[-1][i]) for i, value in enumerate(grid[best])),
+        _band(relative[0], centres[0], parts, exponent[0], drawn_parts, exponents[:, 0]) if len(variables) == 1 else (),
     )
+
+
+def _band(
+    relative: Array, centre: float, parts: Array, exponent: float, drawn_parts: Array, exponents: Array
+) -> tuple[tuple[float, float, float, float], ...]:
+    at = np.geomspace(relative.min(), relative.max(), BAND_POINTS)
+    drawn = drawn_parts[:, :1] + drawn_parts[:, 1:] * at ** -exponents[:, None]
+    low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
+    fitted = parts[0] + parts[1] * at**-exponent
+    return tuple(zip((at * centre).tolist(), low.tolist(), fitted.tolist(), high.tolist(), strict=True))
 
 
 def _search(x: Array, y: Array, grid: Grid, floor: bool) -> tuple[Array, Array]:

@@ -75,7 +75,7 @@ class _Court:
         if claim.is_exact:
             return exact_verdict(claim, self.experiment.study)
         ((unit, amount),) = self.experiment.study.budgets[claim.budget][self.scale].items()
-        at = f"{amount:,g} {unit}"
+        at = f"{amount:,.12g} {unit}"
         try:
             return replace(self._decide(claim), at=at)
         except _Missing as reason:

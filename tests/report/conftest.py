@@ -5,10 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
+from e88.sizing.closed_form import describe
+from e88.study.design import load_study
+from e88.study.store import Store
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny-e88": {"kind": "e88", "state": 4096, "params": 1_203_456, "speed": 21_000, "floor": 1.31, "ratio": 1.0},
@@ -101,6 +107,93 @@ def make_study() -> list[dict[str, Any]]:
     records = [make_record(name, seed) for name in SHAPES for seed in range(3)]
     records += [make_record("tiny-e88-wide", seed, "diverged", state=65536, ratio=4.0) for seed in range(1)]
     return [*records, make_record("tiny-e88-huge", 0, "failed", ratio=8.0)]
+
+
+SPEC = """
+title = "A study of widths"
+source = "the test of <this> & that"
+data = "{data}"
+[training]
+batch_size = 4
+window = 16
+heldout_bytes = 2000
+[scales.smoke]
+seeds = 3
+shrink = {{ width = 1, depth = 2 }}
+[budgets.run]
+exclusive = true
+smoke = {{ steps = 40 }}
+[budgets.again]
+smoke = {{ steps = 40 }}
+[budgets.short]
+smoke = {{ steps = 20 }}
+[models."w{{dim}}"]
+kind = "e88"
+depth = 2
+n_heads = 2
+n_state = 8
+vary = {{ dim = [16, 24, 32, 48] }}
+[models.gdn]
+kind = "gated_deltanet"
+dim = 16
+depth = 2
+n_heads = 2
+head_dim = 8
+[claims.wider]
+says = "Wider is better"
+source = "a test"
+order = ["w48", "w32", "w24", "w16"]
+[claims.rival]
+says = "The rival is behind w48"
+source = "a test"
+lower = ["w48", "gdn"]
+budget = "again"
+[claims.quick]
+says = "Twenty steps are enough"
+source = "a test"
+lower = ["w32", "w16"]
+budget = "short"
+[claims.both]
+says = "All of it"
+source = "a test"
+all = ["wider", "rival"]
+[claims.counted]
+says = "w48 has more parameters"
+source = "a test"
+higher = ["w48", "w16"]
+metric = "params"
+"""
+
+
+@pytest.fixture
+def study_store(text: Path, tmp_path: Path) -> Any:
+    """Make (experiment, store) of a study of 24 runs. status: of a run; None leaves it out. edit: of its spec."""
+
+    def make(
+        status: Callable[[str, str, int], str | None] = lambda model, budget, seed: "done",
+        edit: Callable[[str], str] = lambda spec: spec,
+    ) -> Any:
+        path = tmp_path / "widths.toml"
+        path.write_text(edit(SPEC).format(data=text))
+        experiment = load_study(path).at("smoke")
+        store = Store(tmp_path / "store")
+        written = set()
+        for (model, budget, seed), run in experiment.planned.items():
+            became = status(model, budget, seed)
+            if became is None or run.id in written:
+                continue
+            written.add(run.id)
+            name = "tiny-gdn" if model == "gdn" else "tiny-e88"
+            width = run.spec.model.dim
+            record = make_record(name, seed, became, points=60, floor=1.6 - 0.004 * width)
+            config = {"model": run.spec.model.to_dict(), "training": run.spec.training.to_dict()}
+            record |= {"id": run.id, "name": model, "config": config, "model": describe(run.spec.model, window=16)}
+            record.setdefault("results", {})
+            record.setdefault("environment", {})
+            store.append(record)
+        return experiment, store.folder
+
+    return make
 
 
 @pytest.fixture(name="make_record")

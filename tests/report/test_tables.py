@@ -205,5 +205,5 @@ def test_no_records_is_a_user_error() -> None:
 
 def test_counts_and_durations() -> None:
     told = [count(value) for value in (0, 950, 9999, 57_344, 999_960, 1_203_456, 504e6, 1.33e9, 2.1e15)]
-    assert told == ["0", "950", "9999", "57.3K", "1.00M", "1.20M", "504M", "1.33B", "2.1e+15"]
+    assert told == ["0", "950", "9999", "57.3K", "1.00M", "1.20M", "504M", "1.33B", "2.1e15"]
     assert [duration(value) for value in (0.5, 30, 600, 36_000)] == ["0.5 s", "30 s", "10 min", "10 h"]
