@@ -6,7 +6,9 @@
 
 static_assert(CHUNK % SEGMENT == 0, "a chunk is whole segments");
 constexpr int KEY_TASKS = (CHUNK * ROW_LANES + THREADS - 1) / THREADS;
-constexpr int VALUE_TASKS = (CHUNK * COLS / 16 + THREADS - 1) / THREADS;
+// Columns are staged and written by eight.
+constexpr int PIECES = CHUNK * COLS / 8, VALUE_TASKS = (PIECES + THREADS - 1) / THREADS;
+static_assert(PIECES % 32 == 0, "whole warps exchange columns");
 
 struct Step {
   // Rows of k_s and q_{s-1} as fp16, scaled, interleaved (`pair_at`).
@@ -69,7 +71,7 @@ e88_forward(const element* __restrict__ q, const element* __restrict__ k, const 
   // Step s reads with k_s and, from the same product, y_{s-1} with q_{s-1}: q lags by one, and one more step than
   // there are tokens finishes the last output.
   uint4 next_k[KEY_TASKS], next_q[KEY_TASKS];
-  Columns next_v[VALUE_TASKS];
+  uint4 next_v[VALUE_TASKS];
   float next_decay = 0, next_beta = 0;
   auto fetch = [&](int s0) {
 #pragma unroll
@@ -81,10 +83,9 @@ e88_forward(const element* __restrict__ q, const element* __restrict__ k, const 
     }
 #pragma unroll
     for (int n = 0; n < VALUE_TASKS; n++) {
-      int x = tid + n * THREADS, s = s0 + x / (COLS / 16), j = x % (COLS / 16) * 16;
-      bool inside = (CHUNK * COLS / 16 % THREADS == 0 || x < CHUNK * COLS / 16) && s < length;
-      next_v[n].low = load_8(v + (i64)s * v_step + j, inside && (V % COLS == 0 || first + j < V));
-      next_v[n].high = load_8(v + (i64)s * v_step + j + 8, inside && (V % COLS == 0 || first + j + 8 < V));
+      int x = tid + n * THREADS, s = s0 + x / (COLS / 8), j = x % (COLS / 8) * 8;
+      bool inside = (PIECES % THREADS == 0 || x < PIECES) && s < length && (V % COLS == 0 || first + j < V);
+      next_v[n] = load_8(v + (i64)s * v_step + j, inside);
     }
     if (tid < CHUNK && s0 + tid < length) {
       next_decay = load_head_scalar(g + (i64)(s0 + tid) * scalar_step);
@@ -105,21 +106,19 @@ e88_forward(const element* __restrict__ q, const element* __restrict__ k, const 
     }
 #pragma unroll
     for (int n = 0; n < VALUE_TASKS; n++) {
-      int x = tid + n * THREADS;
-      if (CHUNK * COLS / 16 % THREADS == 0 || x < CHUNK * COLS / 16)
-        store_words(sm[x / (COLS / 16)].v[x % (COLS / 16)], {activated(next_v[n].low), activated(next_v[n].high)});
+      int x = tid + n * THREADS, j = x % (COLS / 8);
+      if (PIECES % THREADS == 0 || x < PIECES)
+        store_half(sm[x / (COLS / 8)].v[j / 2], activated(next_v[n]), j % 2);
     }
     if (tid < CHUNK) sm[tid].scalars.x = expf(decay.log(next_decay)), sm[tid].scalars.w = write_gate(next_beta);
     __syncthreads();
-    Columns gates[VALUE_TASKS];
+    uint4 gates[VALUE_TASKS];
     if (GATE)
 #pragma unroll
       for (int n = 0; n < VALUE_TASKS; n++) {
-        int x = tid + n * THREADS, s = s0 - 1 + x / (COLS / 16), j = x % (COLS / 16) * 16;
-        const element* from = output_gate + (i64)s * gate_step + j;
-        bool inside = x < CHUNK * COLS / 16 && s >= 0 && s < length;
-        gates[n] = {load_8(from, inside && (V % COLS == 0 || first + j < V)),
-                    load_8(from + 8, inside && (V % COLS == 0 || first + j + 8 < V))};
+        int x = tid + n * THREADS, s = s0 - 1 + x / (COLS / 8), j = x % (COLS / 8) * 8;
+        bool inside = x < PIECES && s >= 0 && s < length && (V % COLS == 0 || first + j < V);
+        gates[n] = load_8(output_gate + (i64)s * gate_step + j, inside);
       }
     if (s0 + CHUNK <= length) fetch(s0 + CHUNK);
 
@@ -180,26 +179,16 @@ e88_forward(const element* __restrict__ q, const element* __restrict__ k, const 
     __syncthreads();
 #pragma unroll
     for (int n = 0; n < VALUE_TASKS; n++) {
-      int x = tid + n * THREADS, s = s0 - 1 + x / (COLS / 16), j = x % (COLS / 16) * 16;
-      if (x >= CHUNK * COLS / 16 || s >= length) continue;
-      if (SAVE && s + 1 < length) {
-        // Outputs lag by one step, e does not.
-        Columns e = load_words(sm[x / (COLS / 16)].e[SAVE ? x % (COLS / 16) : 0]);
-        u16* to = written + (i64)(s + 1) * (H * V) + j;
-        if (V % COLS == 0 || first + j < V) store_8(to, e.low);
-        if (V % COLS == 0 || first + j + 8 < V) store_8(to + 8, e.high);
-      }
-      if (s < 0) continue;
-      Columns out = load_words(sm[x / (COLS / 16)].y[x % (COLS / 16)]);
-      const bool low = V % COLS == 0 || first + j < V, high = V % COLS == 0 || first + j + 8 < V;
+      int x = tid + n * THREADS, s = s0 - 1 + x / (COLS / 8), piece = x % (COLS / 8), j = 8 * piece;
+      if (x >= PIECES || s >= length || (V % COLS != 0 && first + j >= V)) continue;
+      const Step& step = sm[x / (COLS / 8)];
       const i64 at = (i64)s * (H * V) + j;
-      if (GATE) {
-        if (SAVE && low) store_8(ungated + at, out.low);
-        if (SAVE && high) store_8(ungated + at + 8, out.high);
-        out = {gated(out.low, gates[n].low), gated(out.high, gates[n].high)};
-      }
-      if (low) store_8(y + at, out.low);
-      if (high) store_8(y + at + 8, out.high);
+      // Outputs lag by one step, e does not.
+      if (SAVE && s + 1 < length) store_8(written + at + H * V, load_half(step.e[SAVE ? piece / 2 : 0], piece % 2));
+      if (s < 0) continue;
+      uint4 out = load_half(step.y[piece / 2], piece % 2);
+      if (GATE && SAVE) store_8(ungated + at, out);
+      store_8(y + at, GATE ? gated(out, gates[n]) : out);
     }
   }
 

@@ -15,6 +15,7 @@ from e88.ops.cuda.launch import checkpoint_rows, evenly_spaced, launch, plan_for
 from e88.ops.cuda.plan import Edges, Plan
 
 FINISH_THREADS = 128
+ALIGN = 64
 
 
 def _plan(
@@ -58,8 +59,8 @@ def _columns(qkv: Tensor, a: Tensor, b: Tensor | None, gate: Tensor | None) -> C
         return at - x.shape[-1]
 
     first = place(gate), place(a), place(b)
-    # Rows stay aligned to 16 bytes.
-    return Columns(*first, -(-at // 8) * 8)
+    # Rows begin at a line of the cache, 128 bytes; a head's piece of a row would otherwise touch one more.
+    return Columns(*first, -(-at // ALIGN) * ALIGN)
 
 
 @torch.library.custom_op("e88::cuda_fused_forward", mutates_args=(), device_types="cuda")
