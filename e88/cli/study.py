@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -202,7 +203,7 @@ def _run(
     from e88.study.scheduler import Interrupted, run_all
 
     experiment, store = _experiment(spec, scale, out, claims, seeds, data)
-    chosen = make_launcher(store, device, *where)
+    chosen = make_launcher(store, device, experiment.study.slurm, *where)
     with LiveView() as view:
         view.message(f"{experiment.study.title}: scale {scale}, {len(experiment.runs)} runs, {chosen.describe()}")
         try:
@@ -218,9 +219,16 @@ def _run(
 
 
 def make_launcher(
-    store: Path, device: str, name: str, slots: int | None, gpus: str | None, slurm: list[str] | None, jobs: int
+    store: Path,
+    device: str,
+    of_spec: Mapping[str, Any],
+    name: str,
+    slots: int | None,
+    gpus: str | None,
+    slurm: list[str] | None,
+    jobs: int,
 ) -> Launcher:
-    """The launcher of a name; UserError for options that are another's."""
+    """The launcher of a name; of_spec: the spec's options of SLURM jobs. UserError for options that are another's."""
     from e88.study.launchers import LocalLauncher, local_slots
     from e88.study.slurm import SlurmLauncher
     from e88.study.spec import parse_assignments
@@ -235,8 +243,8 @@ def make_launcher(
         raise UserError(
             "--slots and --gpus are for --launcher local; jobs ask SLURM, for instance --slurm gpus_per_node=1"
         )
-    options = parse_assignments(slurm or [])
-    return SlurmLauncher(store, most=jobs, options={"gpus_per_node": 0, **options} if device == "cpu" else options)
+    options = {**of_spec, **parse_assignments(slurm or [])}
+    return SlurmLauncher(store, most=jobs, options={**options, "gpus_per_node": 0} if device == "cpu" else options)
 
 
 def _report(experiment: Experiment, store: Path, as_json: bool) -> None:

@@ -29,20 +29,22 @@ def show_status(rows: Sequence[RunStatus]) -> None:
     counts = Counter(row.status for row in rows)
     told = ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
     console.print(Text(f"{len(rows)} runs: {told or 'none'}"))
-    begun = [row for row in rows if row.status in ("running", "interrupted")]
+    begun = [row for row in rows if row.status in ("running", "queued", "interrupted")]
     if begun:
         console.print(running_table([_begun(row) for row in begun[:LISTED]]))
     troubled = [row for row in rows if row.status in ("failed", "diverged")]
     for row in troubled[:LISTED]:
         console.print(Text(f"{row.name}, seed {row.seed} ({row.id}): {row.status}: {row.reason}"))
-    for name, listed in (("running or interrupted", begun), ("failed or diverged", troubled)):
+    for name, listed in (("running, queued or interrupted", begun), ("failed or diverged", troubled)):
         if len(listed) > LISTED:
             console.print(Text(f"and {len(listed) - LISTED} more {name}; --json lists them all"))
 
 
 def _begun(row: RunStatus) -> tuple[str, ...]:
     progress = row.progress or {}
-    where = f"{progress.get('host', '')} {progress.get('where', '')}" if row.status == "running" else row.status
+    where = row.queue or row.status
+    if row.status == "running":
+        where = f"{progress.get('host', '')} {progress.get('where', '')}"
     return progress_row(f"{row.name}, seed {row.seed}", where.strip(), row.progress)
 
 

@@ -1,6 +1,7 @@
 """A study as it is written down: models, budgets, scales and claims in one TOML file.
 
 title, source, data, tokenizer
+[slurm]            options of jobs under --launcher slurm, see `e88.study.slurm.SlurmLauncher`
 [training]         training keys of every run
 [scales.NAME]      seeds, shrink = {width, depth, tolerance}, training, kinds.KIND (training keys of a kind of mixer),
                    gpus (how many a run is spread over), parallel (ddp or fsdp)
@@ -30,7 +31,7 @@ from e88.study.shapes import Shrink, build
 from e88.study.spec import DEFAULT_DATA, RunSpec, read_toml
 from e88.training.config import MODES, TrainingConfig
 
-KEYS = ("title", "source", "data", "tokenizer", "training", "scales", "budgets", "models", "claims")
+KEYS = ("title", "source", "data", "tokenizer", "slurm", "training", "scales", "budgets", "models", "claims")
 SPREAD = ("gpus", "parallel")
 FULL = Shrink()
 
@@ -63,6 +64,7 @@ class Study:
     budgets: Mapping[str, Mapping[str, Any]]
     models: Mapping[str, Mapping[str, Any]]
     claims: tuple[Claim, ...]
+    slurm: Mapping[str, Any] = field(default_factory=dict)
 
     def at(self, scale: str, *, claims: Sequence[str] = (), seeds: int | None = None) -> Experiment:
         """The study at one scale, all of it or what the claims of these names (with * and ?) need."""
@@ -208,6 +210,7 @@ def parse_study(name: str, table: Mapping[str, Any], *, data: str | None = None)
         budgets=table["budgets"],
         models=models,
         claims=claims,
+        slurm=table.get("slurm", {}),
     )
 
 

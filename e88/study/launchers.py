@@ -34,9 +34,11 @@ class Job:
 
 
 class Handle(Protocol):
-    """A job that was started. where: the slot, node or queue it is in, for people."""
+    """A job that was started."""
 
-    where: str
+    @property
+    def where(self) -> str:
+        """The slot, node or queue it is in, for people."""
 
     def poll(self) -> int | None:
         """The worker's exit code, negative for a signal; None while it is queued or runs."""

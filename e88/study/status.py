@@ -8,17 +8,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from e88.study.folder import RUNS, RunFolder
+from e88.study.folder import RUNS, RunFolder, read_json
 from e88.study.plan import PlannedRun
+from e88.study.slurm import JOB_FILE, Queue
 from e88.study.store import Store
 
 # In the order in which people ask for them.
-STATUSES = ("running", "interrupted", "waiting", "failed", "diverged", "done")
+STATUSES = ("running", "queued", "interrupted", "waiting", "failed", "diverged", "done")
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """status: one of `STATUSES`; `interrupted` runs go on from a checkpoint. reason: of a failure or divergence.
+    """status: one of `STATUSES`; `interrupted` runs go on from a checkpoint. queue: the SLURM job of a run that is
+    queued, with its state (a run whose lock is not seen from here may run). reason: of a failure or divergence.
     progress: what the worker last wrote, of a run that has begun and not ended (see `e88.study.worker.Heartbeat`)."""
 
     id: str
@@ -28,6 +30,7 @@ class RunStatus:
     reason: str = ""
     heldout_bpb: float | None = None
     progress: dict[str, Any] | None = None
+    queue: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -37,7 +40,7 @@ def statuses(runs: Sequence[PlannedRun], store: Path) -> list[RunStatus]:
     """The status of every run, in order."""
     known = {record["id"]: record for record in Store(store).summaries()}
     begun = set(os.listdir(store / RUNS)) if (store / RUNS).is_dir() else set()
-    found = []
+    found, slurm = [], Queue()
     for run in runs:
         base = run.id, run.spec.name, run.spec.training.seed
         record = known.get(run.id)
@@ -48,6 +51,8 @@ def statuses(runs: Sequence[PlannedRun], store: Path) -> list[RunStatus]:
         elif record is not None:
             reason, bpb = str(record.get("reason") or ""), record["results"].get("heldout_bpb")
             found.append(RunStatus(*base, record["status"], reason, bpb))
+        elif run.id in begun and (job := read_json(folder.path / JOB_FILE)) and (state := slurm.state(job["job"])):
+            found.append(RunStatus(*base, "queued", progress=folder.progress(), queue=f"job {job['job']} {state}"))
         elif run.id in begun and folder.checkpoint.exists():
             found.append(RunStatus(*base, "interrupted", progress=folder.progress()))
         else:
