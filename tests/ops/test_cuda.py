@@ -14,7 +14,7 @@ from operands import Operands, assert_close, operands
 
 from e88.ops import tanh_delta_rule
 from e88.ops.cuda import compile as kernels
-from e88.ops.cuda.plan import Plan, make_plan
+from e88.ops.cuda.plan import Edges, Plan, make_plan
 from e88.ops.cuda.recurrence import run
 
 BF16 = 5e-3
@@ -40,6 +40,15 @@ def test_compiles_for_every_generation(kernel: str, arch: str, K: int, V: int, d
     usage = _usage(kernel, make_plan(K, V, dtype, True, False, HEADS), arch)
     # A limit set for more blocks at a time may cost a few registers, which stay in the cache.
     assert usage.registers >= 32 and usage.spilled_bytes <= 32
+
+
+@linux
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("K", "V"), [(128, 16), (8, 120), (16, 8)])
+def test_compiles_however_unequal_the_sides(K: int, V: int, fused: bool, kernel: str) -> None:
+    plan = make_plan(K, V, torch.bfloat16, True, True, HEADS, edges=Edges(fused=fused))
+    assert _usage(kernel, plan, "sm_90").spilled_bytes <= 32
 
 
 @linux

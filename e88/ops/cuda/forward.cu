@@ -8,7 +8,6 @@ static_assert(CHUNK % SEGMENT == 0, "a chunk is whole segments");
 constexpr int KEY_TASKS = (CHUNK * ROW_LANES + THREADS - 1) / THREADS;
 // Columns are staged and written by eight.
 constexpr int PIECES = CHUNK * COLS / 8, VALUE_TASKS = (PIECES + THREADS - 1) / THREADS;
-static_assert(PIECES % 32 == 0, "whole warps exchange columns");
 
 struct Step {
   // Rows of k_s and q_{s-1} as fp16, scaled, interleaved (`pair_at`).
@@ -107,8 +106,9 @@ e88_forward(const element* __restrict__ q, const element* __restrict__ k, const 
 #pragma unroll
     for (int n = 0; n < VALUE_TASKS; n++) {
       int x = tid + n * THREADS, j = x % (COLS / 8);
-      if (PIECES % THREADS == 0 || x < PIECES)
-        store_half(sm[x / (COLS / 8)].v[j / 2], activated(next_v[n]), j % 2);
+      // Whole warps, since lanes exchange columns; sizes without a warp's worth of pieces leave lanes with none.
+      if (PIECES % THREADS == 0 || (x & ~31) < PIECES)
+        store_half(sm[x / (COLS / 8)].v[j / 2], activated(next_v[n]), j % 2, PIECES % 32 == 0 || x < PIECES);
     }
     if (tid < CHUNK) sm[tid].scalars.x = expf(decay.log(next_decay)), sm[tid].scalars.w = write_gate(next_beta);
     __syncthreads();

@@ -161,12 +161,13 @@ DEVICE void store_words(u32* p, const Columns& x) {
   *(uint4*)(p + 4) = make_uint4(__byte_perm(x.low.z, x.high.z, 0x5410), __byte_perm(x.low.z, x.high.z, 0x7632),
                                 __byte_perm(x.low.w, x.high.w, 0x5410), __byte_perm(x.low.w, x.high.w, 0x7632));
 }
-// Two lanes share a tile: the even one has its first eight columns, the odd one the others.
-DEVICE void store_half(u32* p, uint4 x, bool odd) {
+// Two lanes share a tile: the even one has its first eight columns, the odd one the others. Called by whole warps.
+DEVICE void store_half(u32* p, uint4 x, bool odd, bool inside) {
   const u32 a = __shfl_xor_sync(ALL, odd ? x.x : x.z, 1), b = __shfl_xor_sync(ALL, odd ? x.y : x.w, 1);
   const u32 low[2] = {odd ? a : x.x, odd ? b : x.y}, high[2] = {odd ? x.z : a, odd ? x.w : b};
-  *(uint4*)(p + 4 * odd) = make_uint4(__byte_perm(low[0], high[0], 0x5410), __byte_perm(low[0], high[0], 0x7632),
-                                      __byte_perm(low[1], high[1], 0x5410), __byte_perm(low[1], high[1], 0x7632));
+  if (inside)
+    *(uint4*)(p + 4 * odd) = make_uint4(__byte_perm(low[0], high[0], 0x5410), __byte_perm(low[0], high[0], 0x7632),
+                                        __byte_perm(low[1], high[1], 0x5410), __byte_perm(low[1], high[1], 0x7632));
 }
 DEVICE uint4 load_half(const u32* p, bool odd) {
   const uint4 a = *(const uint4*)p, b = *(const uint4*)(p + 4);
