@@ -1,4 +1,4 @@
-"""How long `e88 study` takes to list, plan and report a store of many runs. The records are made up, and stay in a
+"""How long it takes to list, plan and report a store of many runs. The records are made up, and stay in a
 temporary folder.
 
     python benchmarks/store.py --runs 10000
@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -106,14 +107,14 @@ def main() -> None:
             for record in records(planned):
                 file.write(json.dumps(record, separators=(",", ":")) + "\n")
         print(f"{len(planned.runs)} runs, {(out / FILE_NAME).stat().st_size / 1e6:.0f} MB of records")
-        for command in ("status", "plan", "report"):
-            start = time.perf_counter()
-            subprocess.run(
-                [sys.executable, "-m", "e88", "study", command, str(spec), "--out", str(out)],
-                check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            )  # fmt: skip
-            print(f"e88 study {command}: {time.perf_counter() - start:.2f} s")
-        for page in sorted(out.glob("study-*")):
+        commands = [f"study {name} {spec} --out {out}" for name in ("status", "plan", "report")] + [f"report {out}"]
+        for command in commands:
+            start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run([sys.executable, "-m", "e88", *command.split()], check=True, capture_output=True)
+            wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+            busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            print(f"e88 {command.split(' /')[0]}: {wall:.2f} s, of which on the processor {busy:.2f} s")
+        for page in sorted(out.glob("*.html")):
             print(f"{page.name}: {page.stat().st_size / 1e6:.2f} MB")
 
 

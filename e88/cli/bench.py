@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from e88.cli import EXIT_DIVERGED, EXIT_FAILED, app, options
+
+if TYPE_CHECKING:
+    from e88.report.tables import Row
 
 
 @app.command()
@@ -33,6 +36,8 @@ def bench(
 
     Exit code 0 when every run is done, 3 when one diverged, 1 when one failed.
     """
+    from e88.report import render
+    from e88.report.tables import summary_rows
     from e88.runtime import choose_device
     from e88.study.launchers import LocalLauncher, local_slots
     from e88.study.live import LiveView
@@ -65,9 +70,10 @@ def bench(
         except Interrupted as stop:
             view.message(str(stop))
             raise typer.Exit(130) from None
-    ended = {record["id"]: record for record in Store(out).records()}
+    ended = {record["id"]: record for record in (Store(out).records() if as_json else Store(out).summaries())}
     records = [ended[run.id] for run in runs]
-    _show(records, [out], out, as_json)
+    page, _ = render([out], out)
+    _show(records, summary_rows(records), page, as_json)
     statuses = {record["status"] for record in records}
     if "failed" in statuses or "diverged" in statuses:
         raise typer.Exit(EXIT_FAILED if "failed" in statuses else EXIT_DIVERGED)
@@ -80,20 +86,19 @@ def report(
     as_json: options.Json = False,
 ) -> None:
     """Make the table and the HTML page again, from records alone."""
+    from e88.report import render
     from e88.study.store import load_records
 
-    target = out or (folders[0] if folders[0].is_dir() else folders[0].parent)
-    _show(load_records(folders), folders, target, as_json)
+    page, rows = render(folders, out or (folders[0] if folders[0].is_dir() else folders[0].parent))
+    _show(load_records(folders) if as_json else [], rows, page, as_json)
 
 
-def _show(records: list[dict[str, Any]], sources: list[Path], out: Path, as_json: bool) -> None:
-    from e88.report import render
-    from e88.report.tables import render_terminal, summary_rows
+def _show(records: list[dict[str, Any]], rows: list[Row], page: Path, as_json: bool) -> None:
+    from e88.report.tables import render_terminal
 
     if as_json:
         for record in records:
             print(json.dumps(record))
     else:
-        print(render_terminal(summary_rows(records)), end="")
-    page = render(sources, out)
+        print(render_terminal(rows), end="")
     print(f"report: {page}", file=sys.stderr)

@@ -145,8 +145,8 @@ def comparisons(records: Sequence[Record]) -> list[Comparison]:
         raise UserError("there are no records to report; train a model first (e88 train), or give another folder")
     parts: dict[tuple[Any, ...], list[Record]] = {}
     # Some runs lack their data or hardware: those with most known come first and the others join a part they fit.
-    for record in sorted(records, key=lambda record: sum(part is None for part in _setting(record))):
-        setting = _setting(record)
+    settings = [(_setting(record), record) for record in records]
+    for setting, record in sorted(settings, key=lambda pair: sum(part is None for part in pair[0])):
         home = next((key for key in parts if _fits(setting, key)), setting)
         parts.setdefault(home, []).append(record)
     return [_comparison(part) for part in sorted(parts.values(), key=len, reverse=True)]

@@ -75,11 +75,12 @@ def comparison_curves(comparison: Comparison, measure: Measure, x_key: str) -> l
 
 
 def _points(run: Record, measure: Measure, x_key: str) -> tuple[Array, Array]:
-    key, per_token = ("tokens", number(run, "model", "flops_per_token")) if x_key == "flops" else (x_key, 1.0)
-    points = (dig(run, measure.source) or ()) if per_token else ()
+    # Where the FLOPs of a token are not known nothing is left of a curve against compute.
+    key, unit = ("tokens", number(run, "model", "flops_per_token") or 0.0) if x_key == "flops" else (x_key, 1.0)
+    points = (dig(run, measure.source) or ()) if unit > 0 else ()
     rows = [(number(point, key), number(point, measure.key)) for point in points]
     kept = sorted((x, y) for x, y in rows if x is not None and y is not None and x > 0)
-    x, y = np.array([row[0] for row in kept]) * per_token, np.array([row[1] for row in kept]) * measure.factor(run)
+    x, y = np.array([row[0] for row in kept]) * unit, np.array([row[1] for row in kept]) * measure.factor(run)
     return x, smooth(y, len(y) // 40) if measure.source == "curve" else y
 
 

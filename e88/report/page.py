@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,14 @@ from e88 import __version__
 from e88.errors import UserError
 from e88.files import write_text
 from e88.report.compare import MISSING, Comparison, Group, Record, comparisons, count, dig, duration, flatten, number
+from e88.report.curves import MOST_LINES
 from e88.report.headline import headline
 from e88.report.plots import figures
 from e88.report.style import Style, styles
 from e88.report.svg import Figure
 from e88.report.tables import COLUMNS as ALL_COLUMNS
-from e88.report.tables import Row, comparison_rows, render_csv, render_markdown, summary_rows
-from e88.study.store import load_records
+from e88.report.tables import Row, comparison_rows, render_csv, render_markdown
+from e88.study.store import CURVES, load_records
 
 TITLE = "E88 and its rivals"
 # The page tells the notes in a list of their own, where there is room for a reason, and links each run.
@@ -37,19 +38,25 @@ MOST_LINKS = 12
 Anchors = Mapping[int, str]
 
 
-def render(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:
-    """Report the runs of one or several stores: `out`/report.html, table.md and table.csv; the path of the page.
+def render(
+    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], out: str | os.PathLike[str]
+) -> tuple[Path, list[Row]]:
+    """Report the runs of one or several stores: `out`/report.html, table.md and table.csv; the path of the page and
+    the rows of the table.
 
     `out` may name the page itself (ending in .html); the tables then stand next to it. Raises UserError where a store
     is missing or empty or `out` cannot be written.
     """
-    records = load_records(paths)
+    sources = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     page = Path(out) if str(out).endswith(".html") else Path(out) / "report.html"
-    rows = summary_rows(records)
-    write_page(records, page)
+    found = comparisons(load_records(sources, curves=False))
+    add_curves(found, lambda ids: load_records(sources, ids))
+    tables = [comparison_rows(comparison) for comparison in found]
+    rows = [row for table in tables for row in table]
+    _write(found, tables, page, TITLE)
     write_text(page.with_name("table.md"), render_markdown(rows))
     write_text(page.with_name("table.csv"), render_csv(rows))
-    return page
+    return page, rows
 
 
 def write_page(records: Sequence[Record], path: str | os.PathLike[str], title: str = TITLE) -> Path:
@@ -58,9 +65,32 @@ def write_page(records: Sequence[Record], path: str | os.PathLike[str], title: s
     Raises UserError where there are no records, jinja2 is not installed, or the file cannot be written.
     """
     found = comparisons(records)
+    return _write(found, [comparison_rows(comparison) for comparison in found], path, title)
+
+
+def _write(
+    found: Sequence[Comparison], tables: Sequence[Sequence[Row]], path: str | os.PathLike[str], title: str
+) -> Path:
     links = anchors(found)
-    parts = [comparison_part(comparison, comparison_rows(comparison), links) for comparison in found]
-    return write_html(path, title=title, summary=_summary(records), parts=parts)
+    parts = [comparison_part(comparison, rows, links) for comparison, rows in zip(found, tables, strict=True)]
+    summary = _summary([run for comparison in found for run in comparison.runs])
+    return write_html(path, title=title, summary=summary, parts=parts)
+
+
+def add_curves(found: Iterable[Comparison], load: Callable[[Collection[str]], Iterable[Record]]) -> None:
+    """Give the runs that figures draw their curves; they are most of a record, and those of very many never fit.
+
+    load: the whole records of some ids.
+    """
+    drawn = [run for comparison in found for group in comparison.groups[:MOST_LINES] for run in group.runs]
+    whole = {_place(record): record for record in load({run["id"] for run in drawn})}
+    for run in drawn:
+        record = whole.get(_place(run), {})
+        run |= {key: record[key] for key in CURVES if key in record}
+
+
+def _place(record: Record) -> tuple[str, str]:
+    return record["id"], str(dig(record, "environment", "hardware"))
 
 
 def write_html(

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from e88.report.compare import MISSING, Comparison, Record, budget_text, comparisons, count, dig
-from e88.report.curves import MOST_LINES
-from e88.report.page import anchors, cell, comparison_part, head, run_links, write_html
+from e88.report.page import add_curves, anchors, cell, comparison_part, head, run_links, write_html
 from e88.report.study import (
     OUTCOMES,
     StudyReport,
@@ -112,7 +111,7 @@ def report_study(experiment: Experiment, store: Path) -> tuple[StudyReport, Path
     parts = fields(experiment, records)
     write_report(report, store, [row for part in parts for rows in part.rows for row in rows])
     path = store / f"study-{report.scale}.html"
-    return report, write_study_page(report, experiment, parts, path, Store(store).curves)
+    return report, write_study_page(report, experiment, parts, path, lambda ids: Store(store).curves(ids).values())
 
 
 def write_study_page(
@@ -120,15 +119,11 @@ def write_study_page(
     experiment: Experiment,
     parts: Sequence[Field],
     path: Path,
-    curves: Callable[[Collection[str]], Mapping[str, Record]],
+    curves: Callable[[Collection[str]], Iterable[Record]],
 ) -> Path:
     """Write the page of a study. curves: the whole records of some ids, asked for those that are drawn."""
     whole = [comparison for part in parts for comparison in part.comparisons]
-    drawn = [run for comparison in whole for group in comparison.groups[:MOST_LINES] for run in group.runs]
-    with_curves = curves({run["id"] for run in drawn})
-    for run in drawn:
-        full = with_curves.get(run["id"], {})
-        run |= {key: full[key] for key in ("curve", "heldout_curve") if key in full}
+    add_curves(whole, curves)
     links = anchors(whole)
     shown = [shown_part for part in parts for shown_part in _parts(experiment, part, links)]
     tally = Counter(verdict.outcome for verdict in report.verdicts)

@@ -7,7 +7,7 @@ import html
 import io
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from e88.report.compare import MISSING, Comparison, Group, Record, comparisons, count, dig, number, pair
@@ -136,7 +136,7 @@ COLUMNS = (
 )  # fmt: skip
 # What a narrow terminal gives up, first to last.
 _EXPENDABLE = ("Backend", "H·n/dim", "95 % interval", "Params", "Seeds", "Steps", "To best")
-_UNLIMITED = 10_000
+_UNLIMITED, _MOST_SHOWN = 10_000, 100
 
 
 def summary_rows(records: Sequence[Record]) -> list[Row]:
@@ -213,7 +213,8 @@ def render_terminal(rows: Sequence[Row], width: int | None = None) -> str:
     limit = width or (Console().width if is_terminal else _UNLIMITED)
     console = Console(file=out, width=limit, force_terminal=is_terminal, highlight=False)
     unlimited = console.options.update(max_width=_UNLIMITED)
-    for title, section in _sections(rows):
+    for title, whole in _sections(rows):
+        section = whole[:_MOST_SHOWN]
         columns = [column for column in COLUMNS if column.title != "Note"]
         left_out: list[str] = []
         table = _rich_table(columns, section)
@@ -228,6 +229,8 @@ def render_terminal(rows: Sequence[Row], width: int | None = None) -> str:
         notes = [f"{row.model}: {row.note}" for row in section if row.note]
         if left_out:
             notes.append(f"Left out for want of width: {', '.join(left_out)}.")
+        if len(whole) > len(section):
+            notes.append(f"and {len(whole) - len(section)} more models, in the report")
         for note in notes:
             console.print(_plain(note), markup=False)
         console.print()
@@ -284,15 +287,13 @@ def render_csv(rows: Sequence[Row]) -> str:
 
 def _flat(row: Row) -> dict[str, object]:
     cells: dict[str, object] = {}
-    for key, value in asdict(row).items():
+    for key, value in vars(row).items():
         if key in ("heldout_bpb", "to_best"):
-            value = value or {}
-            cells[key] = value.get("mean")
-            cells.update({f"{key}_{part}": value.get(part) for part in ("low", "high", "over")})
+            cells[key] = getattr(value, "mean", None)
+            cells.update({f"{key}_{part}": getattr(value, part, None) for part in ("low", "high", "over")})
         elif key == "tokens_per_second":
-            value = value or {}
-            cells[key] = value.get("median")
-            cells.update({f"{key}_{part}": value.get(part) for part in ("low", "high")})
+            cells[key] = getattr(value, "median", None)
+            cells.update({f"{key}_{part}": getattr(value, part, None) for part in ("low", "high")})
         else:
             cells[key] = " ".join(value) if isinstance(value, tuple) else value
     return cells

@@ -75,8 +75,12 @@ class Store:
         return {record["id"] for record in self.summaries() if record.get("status") in ("done", "diverged")}
 
 
-def load_records(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Record]:
+def load_records(
+    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], curves: bool | Collection[str] = True
+) -> list[Record]:
     """The records of one or several stores, each given as its folder or as its JSON-lines file.
+
+    curves: whether with their curves, or the ids of the only records to read, with theirs.
 
     A run found more than once counts once, the later path winning; the same id on other hardware is another measurement
     and stays. Raises UserError where a path does not exist or holds no store.
@@ -89,8 +93,8 @@ def load_records(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
         if not path.exists():
             what = f"{given} holds no {FILE_NAME}" if given.is_dir() else f"{given} does not exist"
             raise UserError(f"{what}; give the output folder of a run or a study")
-        records = _latest(_read(path))
-        if not records:
+        records = _latest(_read(path, curves))
+        if not records and isinstance(curves, bool):
             raise UserError(f"{path} holds no readable record; give the output folder of a run or a study")
         for record in records.values():
             hardware = (record.get("environment") or {}).get("hardware")

@@ -108,7 +108,7 @@ class TrainingConfig:
             raise UserError(f"seed must be from 0 to 2^63 - 1, got {self.seed}")
 
     def to_dict(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "budget": self.budget.to_dict()}
+        return {**vars(self), "budget": self.budget.to_dict()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TrainingConfig:

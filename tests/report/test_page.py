@@ -86,9 +86,15 @@ def test_curves_of_one_point_or_none(make_record: Any, tmp_path: Path) -> None:
     single, empty, nothing = make_record("a"), make_record("b"), make_record("c")
     single["curve"], single["heldout_curve"] = single["curve"][-1:], single["heldout_curve"][-1:]
     empty["curve"], empty["heldout_curve"] = [], []
+    del empty["model"]["flops_per_token"]
+    nothing["model"]["flops_per_token"] = -1.0
     nothing["curve"] = [{"step": 1, "tokens": 10, "seconds": 1.0, "loss": None, "lr": 1e-3}]
     check(write_page([single, empty, nothing], tmp_path / "x.html").read_text(encoding="utf-8"))
     check(write_page([single], tmp_path / "y.html").read_text(encoding="utf-8"))
+    unknown = make_record("d", 0)
+    del unknown["model"]["flops_per_token"]
+    page = check(write_page([unknown], tmp_path / "y.html").read_text(encoding="utf-8"))
+    assert "against tokens" in page.text and "against compute" not in page.text
     with pytest.raises(UserError, match="no run has a curve"):
         write_figure([{**empty}], tmp_path / "x.svg")
 
@@ -116,11 +122,15 @@ def test_figure_stands_alone_and_follows_the_theme(study: list[dict[str, Any]], 
 def test_render_writes_the_page_and_both_tables(study: list[dict[str, Any]], tmp_path: Path) -> None:
     for index, run in enumerate(study):
         Store(tmp_path / f"store{index % 2}").append(run)
-    page = render([tmp_path / "store0", tmp_path / "store1"], tmp_path / "out")
+    page, rows = render([tmp_path / "store0", tmp_path / "store1"], tmp_path / "out")
     assert page == tmp_path / "out" / "report.html"
     assert sorted(p.name for p in page.parent.iterdir()) == ["report.html", "table.csv", "table.md"]
-    assert all(run["id"] in page.read_text(encoding="utf-8") for run in study)
-    assert render(tmp_path / "store0", tmp_path / "named.html") == tmp_path / "named.html"
+    markup = page.read_text(encoding="utf-8")
+    assert all(run["id"] in markup for run in study)
+    # The same page as from whole records, in another order.
+    assert markup.count('class="line"') == write_page(study, tmp_path / "x.html").read_text().count('class="line"') > 9
+    assert {run for row in rows for run in row.ids} == {run["id"] for run in study}
+    assert render(tmp_path / "store0", tmp_path / "named.html")[0] == tmp_path / "named.html"
     umask = os.umask(0)
     os.umask(umask)
     assert page.stat().st_mode & 0o777 == 0o666 & ~umask

@@ -207,3 +207,10 @@ def test_counts_and_durations() -> None:
     told = [count(value) for value in (0, 950, 9999, 57_344, 999_960, 1_203_456, 504e6, 1.33e9, 2.1e15)]
     assert told == ["0", "950", "9999", "57.3K", "1.00M", "1.20M", "504M", "1.33B", "2.1e15"]
     assert [duration(value) for value in (0.5, 30, 600, 36_000)] == ["0.5 s", "30 s", "10 min", "10 h"]
+
+
+def test_the_terminal_tells_how_many_models_it_left_out(make_record: Any) -> None:
+    records = [make_record(f"m{i}", points=1, evals=1) for i in range(105)]
+    told = render_terminal(summary_rows(records), width=160)
+    assert "and 5 more models, in the report" in told and len(told.splitlines()) < 112
+    assert len(render_csv(summary_rows(records)).splitlines()) == 106
