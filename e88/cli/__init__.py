@@ -25,7 +25,7 @@ app = typer.Typer(
 )
 
 # Each module adds its commands to `app` when imported; the order is the order of the help page.
-for _module in ("size", "data", "train", "replay", "generate", "bench", "study", "doctor", "profile"):
+for _module in ("size", "data", "train", "replay", "generate", "bench", "study", "search", "doctor", "profile"):
     importlib.import_module(f"e88.cli.{_module}")
 
 

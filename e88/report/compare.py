@@ -62,9 +62,9 @@ class Group:
 
     @property
     def status(self) -> str:
-        """done where any seed is; else diverged where any is; else failed."""
+        """done where any seed is; else diverged where any is; else pruned; else failed."""
         statuses = {str(run.get("status")) for run in self.runs}
-        return next((status for status in ("done", "diverged") if status in statuses), "failed")
+        return next((status for status in ("done", "diverged", "pruned") if status in statuses), "failed")
 
     def count(self, status: str) -> int:
         return sum(run.get("status") == status for run in self.runs)
@@ -104,7 +104,7 @@ def pair(record: Record, *path: str) -> tuple[float, float] | None:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Groups that may be compared, the best first: by held-out bits per byte; diverged ones, then failed ones, last."""
+    """Groups that may be compared, the best first: by held-out bits per byte; pruned, diverged and failed ones last."""
 
     budget: dict[str, float]
     data: str
@@ -193,7 +193,7 @@ def _comparison(records: list[Record]) -> Comparison:
 
 
 def _rank(group: Group) -> tuple[int, float, str]:
-    order = {"done": 0, "diverged": 1, "failed": 2}[group.status]
+    order = {"done": 0, "pruned": 1, "diverged": 2, "failed": 3}[group.status]
     score = group.bpb.mean if group.bpb else math.inf
     return order, score, group.label
 

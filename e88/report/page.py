@@ -131,7 +131,8 @@ def _resource(name: str) -> str:
 
 def _summary(records: Sequence[Record]) -> str:
     statuses = Counter(str(record.get("status")) for record in records)
-    counts = ", ".join(f"{statuses[status]} {status}" for status in ("done", "diverged", "failed") if statuses[status])
+    order = ("done", "pruned", "diverged", "failed")
+    counts = ", ".join(f"{statuses[status]} {status}" for status in order if statuses[status])
     days = sorted({str(record["started"])[:10] for record in records if record.get("started")})
     when = "" if not days else f", started {days[0]}" if len(days) == 1 else f", started {days[0]} to {days[-1]}"
     return f"{len(records)} run{'s' if len(records) > 1 else ''} ({counts}){when}"

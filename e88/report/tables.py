@@ -132,7 +132,7 @@ COLUMNS = (
     Column("Seeds", "seeds done, of those started",
            lambda r: f"{r.seeds}" if r.seeds == r.runs else f"{r.seeds} of {r.runs}", lambda r: float(r.seeds)),
     Column("Backend", "implementation of the recurrence", lambda r: r.backend or MISSING),
-    Column("Note", "diverged and failed runs, with the reason", lambda r: r.note),
+    Column("Note", "pruned, diverged and failed runs, with the reason", lambda r: r.note),
 )  # fmt: skip
 # What a narrow terminal gives up, first to last.
 _EXPENDABLE = ("Backend", "H·n/dim", "95 % interval", "Params", "Seeds", "Steps", "To best")
@@ -186,7 +186,7 @@ def _row(comparison: Comparison, group: Group) -> Row:
 
 def _note(group: Group) -> str:
     notes = []
-    for status in ("diverged", "failed"):
+    for status in ("pruned", "diverged", "failed"):
         if n := group.count(status):
             which = status if n == len(group.runs) == 1 else f"{n} {status}"
             reason = " ".join(group.reason(status).split())
@@ -246,7 +246,7 @@ def _rich_table(columns: Sequence[Column], rows: Sequence[Row]) -> Table:
     for column in columns:
         table.add_column(Text(column.title), justify="right" if column.value else "left", overflow="fold")
     for row in rows:
-        style = "" if row.status == "done" else "yellow" if row.status == "diverged" else "red"
+        style = "" if row.status == "done" else "red" if row.status == "failed" else "yellow"
         table.add_row(*(Text(_plain(column.text(row))) for column in columns), style=style)
     return table
 

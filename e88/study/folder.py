@@ -41,6 +41,18 @@ class RunFolder:
         """What the worker last said of itself (see `e88.study.worker.Heartbeat`)."""
         return read_json(self.path / "progress.json")
 
+    def prune(self, reason: str | None) -> None:
+        """Ask the worker to end the run early for a reason of one line; None takes that back."""
+        if reason is None:
+            (self.path / "prune.json").unlink(missing_ok=True)
+        else:
+            self.write("prune.json", {"reason": reason})
+
+    def pruned(self) -> str | None:
+        """Why the run is to end early; None where it is not."""
+        asked = read_json(self.path / "prune.json")
+        return asked["reason"] if asked else None
+
     def write(self, name: str, value: Mapping[str, Any]) -> None:
         """Write one of the JSON files, whole or not at all."""
         write_text(self.path / name, json.dumps(value, indent=1) + "\n")

@@ -103,8 +103,8 @@ class _Court:
             record = self.records.get(self.experiment.planned[model, claim.budget, seed].id)
             if record is None:
                 reasons.append("has not run")
-            elif record["status"] == "failed":
-                reasons.append(f"failed: {record['reason']}")
+            elif record["status"] in ("failed", "pruned"):
+                reasons.append(f"{record['status']}: {record['reason']}")
             else:
                 found[seed] = record
         if not found:

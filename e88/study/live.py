@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -22,9 +23,13 @@ MOST_ROWS = 40
 
 
 class LiveView:
-    """A `scheduler.View`: what runs where, with its share, loss, tok/s and time left, and how many runs are left."""
+    """A `scheduler.View`: what runs where, with its share, loss, tok/s and time left, and how many runs are left.
 
-    def __init__(self) -> None:
+    above: what else to show on a terminal.
+    """
+
+    def __init__(self, above: Callable[[], RenderableType] = Text) -> None:
+        self.above = above
         self.console = Console(stderr=True)
         self.live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
         self.last = -LINE_EVERY
@@ -45,7 +50,7 @@ class LiveView:
         self.last = now
         rows = [progress_row(job.name, handle.where, job.folder.progress()) for job, handle in state.running.values()]
         if self.live:
-            self.live.update(Group(Text(summary(state)), running_table(rows[:MOST_ROWS])), refresh=True)
+            self.live.update(Group(self.above(), Text(summary(state)), running_table(rows[:MOST_ROWS])), refresh=True)
         else:
             self.message("; ".join([summary(state), *(" ".join(filter(None, row)) for row in rows)]))
 
@@ -56,7 +61,7 @@ class LiveView:
 def summary(state: State) -> str:
     """How many runs are where."""
     counts = Counter(state.ended.values())
-    parts = [f"{counts[status]} {status}" for status in ("done", "diverged", "failed") if counts[status]]
+    parts = [f"{counts[status]} {status}" for status in ("done", "pruned", "diverged", "failed") if counts[status]]
     parts += [f"{len(state.running)} running", f"{state.waiting} waiting"]
     if state.elsewhere:
         parts.append(f"{state.elsewhere} in other hands")

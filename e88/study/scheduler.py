@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +36,7 @@ class State:
     """What a view shows. waiting, elsewhere (in the hands of another scheduler): counts. ended: statuses by run id, of
     this call and before."""
 
-    runs: Sequence[PlannedRun]
+    runs: list[PlannedRun]
     ended: dict[str, str] = field(default_factory=dict)
     running: dict[str, tuple[Job, Handle]] = field(default_factory=dict)
     waiting: int = 0
@@ -62,25 +62,29 @@ def run_all(
     device: str = "auto",
     retry: Sequence[str] = (),
     keep_checkpoints: bool = False,
+    feed: Callable[[State], Sequence[PlannedRun]] | None = None,
 ) -> dict[str, Record]:
     """Run what has no record yet; returns the records of all, by run id, without their curves.
 
     retry: statuses (`failed`, `diverged`) whose runs are done again. A run that fails or diverges is recorded with the
-    reason and does not stop the others; a worker that is killed goes on from its checkpoint. Raises UserError where
-    `store` cannot be written, and Interrupted when stopped by SIGINT or SIGTERM.
+    reason and does not stop the others; a worker that is killed goes on from its checkpoint. A run that a search pruned
+    is done again. feed: asked at every turn for further runs, which have no record; the end is when it has none and
+    nothing runs. Raises UserError where `store` cannot be written, and Interrupted when stopped by SIGINT or SIGTERM.
     """
     assert set(retry) <= set(FINISHED)
-    return _Scheduler(runs, store, launcher, view, device, keep_checkpoints).run(retry)
+    return _Scheduler(runs, store, launcher, view, device, keep_checkpoints, feed).run((*retry, "pruned"))
 
 
 class _Scheduler:
     def __init__(
-        self, runs: Sequence[PlannedRun], store: Path, launcher: Launcher, view: View, device: str, keep: bool
-    ) -> None:
+        self, runs: Sequence[PlannedRun], store: Path, launcher: Launcher, view: View, device: str, keep: bool,
+        feed: Callable[[State], Sequence[PlannedRun]] | None,
+    ) -> None:  # fmt: skip
         self.store, self.launcher, self.view = store, launcher, view
         self.device, self.keep = device, keep
         self.runs = {run.id: run for run in runs}
-        self.state = State(runs)
+        self.state = State(list(runs))
+        self.feed = feed
         self.elsewhere: list[PlannedRun] = []
         self.waiting: deque[PlannedRun] = deque()
         self.replaces: dict[str, str] = {}
@@ -100,15 +104,24 @@ class _Scheduler:
         # Runs alone on the machine come last, so that they do not keep it half empty in between.
         self.waiting = deque(sorted(self.waiting, key=lambda run: run.exclusive))
         with _stop_requests() as stops:
-            while self.waiting or self.elsewhere or self.state.running:
+            while self._take_in() or self.waiting or self.elsewhere or self.state.running:
                 if stops:
                     self._stop(stops)
-                self._collect()
                 self._start()
                 self.state.waiting, self.state.elsewhere = len(self.waiting), len(self.elsewhere)
                 self.view.update(self.state)
                 time.sleep(POLL_SECONDS)
+                self._collect()
         return {r["id"]: r for r in Store(self.store).summaries() if r["id"] in self.runs}
+
+    def _take_in(self) -> bool:
+        """Take further runs from the feed; whether there were any."""
+        new = self.feed(self.state) if self.feed else ()
+        for run in new:
+            self.runs[run.id] = run
+            self.state.runs.append(run)
+            self.waiting.append(run)
+        return bool(new)
 
     def _folder(self, run: PlannedRun) -> RunFolder:
         return RunFolder(self.store, run.id)

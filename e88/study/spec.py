@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -98,6 +99,24 @@ def make_spec(
         if value is not None:
             base[key] = value
     return RunSpec.from_dict(base)
+
+
+def to_toml(spec: RunSpec) -> str:
+    """A run as `make_spec` reads it from a file."""
+    lines: list[str] = []
+
+    def table(values: Mapping[str, Any], path: str) -> None:
+        plain = {key: value for key, value in values.items() if not isinstance(value, Mapping) and value is not None}
+        if path:
+            lines.extend(["", f"[{path}]"])
+        # JSON writes strings, numbers and truth values as TOML does.
+        lines.extend(f"{key} = {json.dumps(value)}" for key, value in plain.items())
+        for key, value in values.items():
+            if isinstance(value, Mapping):
+                table(value, f"{path}.{key}" if path else key)
+
+    table(spec.to_dict(), "")
+    return "\n".join(lines) + "\n"
 
 
 def parse_assignments(pairs: list[str]) -> dict[str, Any]:

@@ -48,7 +48,8 @@ def statuses(runs: Sequence[PlannedRun], store: Path) -> list[RunStatus]:
         # A run tried again has a record of its failure while it runs.
         if run.id in begun and (record is None or record["status"] != "done") and folder.busy():
             found.append(RunStatus(*base, "running", progress=folder.progress()))
-        elif record is not None:
+        # What a search pruned a study does again.
+        elif record is not None and record["status"] != "pruned":
             reason, bpb = str(record.get("reason") or ""), record["results"].get("heldout_bpb")
             found.append(RunStatus(*base, record["status"], reason, bpb))
         elif run.id in begun and (job := read_json(folder.path / JOB_FILE)) and (state := slurm.state(job["job"])):

@@ -36,10 +36,13 @@ SMOOTH_STEPS = 20
 
 class Heartbeat:
     """A training reporter that writes progress.json: host, pid, where, time, step, used (share of the budget), loss
-    (mean of some steps, nats per token), tokens_per_second, seconds_left (of training)."""
+    (mean of some steps, nats per token), tokens_per_second, seconds_left (of training), heldout (used and bpb of each
+    evaluation). It ends the run where it finds a reason to (see `RunFolder.prune`)."""
 
     def __init__(self, folder: RunFolder, where: str) -> None:
+        self.folder = folder
         self.path = folder.path / "progress.json"
+        self.heldout: list[dict[str, float]] = []
         self.constant = {"host": socket.gethostname(), "pid": os.getpid(), "where": where}
         self.losses: deque[float] = deque(maxlen=SMOOTH_STEPS)
         self.rates: deque[float] = deque(maxlen=SMOOTH_STEPS)
@@ -53,6 +56,10 @@ class Heartbeat:
         if now - self.last < HEARTBEAT_SECONDS:
             return
         self.last = now
+        if reason := self.folder.pruned():
+            from e88.training.loop import Pruned
+
+            raise Pruned(reason)
         self._write(
             {
                 "step": entry["step"],
@@ -60,8 +67,14 @@ class Heartbeat:
                 "loss": sum(self.losses) / len(self.losses),
                 "tokens_per_second": sum(self.rates) / len(self.rates),
                 "seconds_left": seconds_left,
+                "heldout": self.heldout,
             }
         )
+
+    def evaluated(self, point: dict[str, Any], used: float) -> None:
+        self.heldout.append({"used": used, "bpb": point["bpb"]})
+        # With the next step, however soon that is.
+        self.last = -HEARTBEAT_SECONDS
 
     def _write(self, values: dict[str, Any]) -> None:
         replace_file(self.path, json.dumps({**self.constant, "time": time.time(), **values}))
@@ -96,9 +109,9 @@ def main(folder: RunFolder, group: Group | None = None) -> int:
             if record is None:
                 return EXIT_INTERRUPTED
             Store(folder.store).append(record)
-        if record["status"] == "done" and not task["keep_checkpoint"]:
+        if record["status"] in ("done", "pruned") and not task["keep_checkpoint"]:
             folder.checkpoint.unlink(missing_ok=True)
-        return {"done": 0, "diverged": EXIT_DIVERGED}.get(record["status"], EXIT_FAILED)
+        return {"done": 0, "pruned": 0, "diverged": EXIT_DIVERGED}.get(record["status"], EXIT_FAILED)
 
 
 def _tell(group: Group | None, *, trains: bool) -> None:
@@ -137,9 +150,10 @@ def _run(folder: RunFolder, task: dict[str, Any], group: Group | None) -> Record
         if config_hash(spec.model.to_dict(), spec.training.to_dict(), corpus.hash) != folder.id:
             raise UserError(f"the data {spec.data} are not those of run {folder.id}; give this machine the same data")
         group = group or Group(choose_device(task["device"]))
+        heartbeat = Heartbeat(folder, os.environ.get("E88_SLOT", "")) if group.is_first else None
         return train(
             spec.model, spec.training, corpus, folder.path, name=spec.name, group=group, resume=True,
-            reporter=Heartbeat(folder, os.environ.get("E88_SLOT", "")) if group.is_first else None,
+            reporter=heartbeat, on_evaluation=heartbeat.evaluated if heartbeat else None,
         )  # fmt: skip
     except (Interrupted, RanksLost):
         return None
@@ -168,6 +182,7 @@ def _is_replaced(record: Record, task: dict[str, Any]) -> bool:
 
 def _set_aside(folder: RunFolder, record: Record) -> None:
     """Make room for another try. A diverged run starts afresh: from its checkpoint it would diverge again."""
+    folder.prune(None)
     if record["status"] == "diverged":
         folder.checkpoint.unlink(missing_ok=True)
     (folder.path / "record.json").unlink()

@@ -16,7 +16,7 @@ OPTIMIZERS = ("adamw", "schedulefree", "muon")
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("auto", "bf16", "fp32")
 # How often a run is saved or looked into decides nothing.
-UNDECIDING = ("checkpoint_every", "layers_every")
+UNDECIDING = ("checkpoint_every", "layers_every", "eval_points")
 # How several processes share a run: a whole model each, or a part of every tensor.
 MODES = ("ddp", "fsdp")
 
@@ -56,6 +56,7 @@ class TrainingConfig:
     `final_lr` times the peak at the end of the budget (schedulefree: constant after warm-up, by construction).
     muon_lr: peak rate of the matrices under `muon`. accumulate: parts a step's batch is cut into.
     eval_every: seconds of training between held-out evaluations on the way, 0 for only at the end.
+    eval_points: held-out evaluations on the way at equal shares of the budget.
     backend: what runs the mixer, `auto` or a name from `e88 doctor`: E88's operator backend, or a rival's library.
     checkpoint_every: likewise between checkpoints, 0 for only at the end.
     layers_every: steps between samples of the layers' states, decays and gradients (see e88.training.layers), 0 for
@@ -83,14 +84,17 @@ class TrainingConfig:
     eval_every: float = 0.0
     checkpoint_every: float = field(default=60.0)
     layers_every: int = 50
+    eval_points: int = 0
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "window", "accumulate", "heldout_bytes"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UserError(f"{name} must be a positive integer, got {value!r}")
-        if isinstance(self.layers_every, bool) or not isinstance(self.layers_every, int) or self.layers_every < 0:
-            raise UserError(f"layers_every must be a whole number of steps, 0 for never, got {self.layers_every!r}")
+        for name in ("layers_every", "eval_points"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise UserError(f"{name} must be a whole number, 0 for never, got {value!r}")
         if self.batch_size % self.accumulate:
             raise UserError(f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}")
         for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("precision", PRECISIONS)):

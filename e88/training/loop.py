@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,12 +31,22 @@ from e88.training.step import autocast, backward
 from e88.training.tensorboard import Scalars
 from e88.training.verify import verify
 
+# Takes a point of the held-out curve and the used share of the budget.
+OnEvaluation = Callable[[dict[str, Any], float], None]
+
 
 class Reporter(Protocol):
     """Whoever shows a run as it goes."""
 
     def step(self, entry: dict[str, Any], used: float, seconds_left: float) -> None:
-        """Called after each step with its log entry, the used share of the budget, and the training time left."""
+        """Called after each step with its log entry, the used share of the budget, and the training time left.
+
+        May raise Pruned.
+        """
+
+
+class Pruned(Exception):
+    """Raised by the reporter of a run in one process to end it early; says why in one line."""
 
 
 class Interrupted(Exception):
@@ -54,23 +64,27 @@ def train(
     resume: bool = False,
     reporter: Reporter | None = None,
     tensorboard: bool = False,
+    on_evaluation: OnEvaluation | None = None,
 ) -> dict[str, Any]:
     """Train a model until its budget is spent and return the run's record (see docs/records.md).
 
     folder: receives log.jsonl, checkpoint.safetensors and record.json. group: the processes and their device, one on
     the CPU where None; all of them call this, and the first alone writes. resume: go on from the checkpoint there.
+    on_evaluation: called in the first process after a held-out evaluation on the way.
     Raises UserError for wrong input, Interrupted when stopped by a signal (after writing a checkpoint), RanksLost where
     another process died. A run whose loss or gradients stop being finite ends with status `diverged`, the last good
     checkpoint in place, and beside it bad_step.safetensors, from which `e88.training.replay` repeats that step.
     """
     group, folder = group or Group(torch.device("cpu")), Path(folder)
     with group.watched():
-        return _train(model_config, config, corpus, folder, name, group, resume, reporter, tensorboard)
+        return _train(
+            model_config, config, corpus, folder, name, group, resume, reporter, tensorboard, on_evaluation
+        )  # fmt: skip
 
 
 def _train(
     model_config: ModelConfig, config: TrainingConfig, corpus: Corpus, folder: Path, name: str, group: Group,
-    resume: bool, reporter: Reporter | None, tensorboard: bool,
+    resume: bool, reporter: Reporter | None, tensorboard: bool, on_evaluation: OnEvaluation | None,
 ) -> dict[str, Any]:  # fmt: skip
     group.check(config)
     if corpus.vocab_size > model_config.vocab_size:
@@ -91,10 +105,14 @@ def _train(
             observers = [reporter] if reporter and group.is_first else []
             if tensorboard and group.is_first:
                 observers.append(Scalars(folder))
-            reason = _spend(run, sampler, heldout, observers, stop)
-            result = None if reason else _evaluate(run, heldout)
+            try:
+                reason = _spend(run, sampler, heldout, observers, stop, on_evaluation)
+                status = "diverged" if reason else "done"
+            except Pruned as pruned:
+                reason, status = str(pruned), "pruned"
+            result = _evaluate(run, heldout) if status == "done" else None
             state.save(run)
-            if not reason:
+            if status != "diverged":
                 state.forget_bad_step(run)
     except Interrupted:
         state.save(run)
@@ -102,15 +120,16 @@ def _train(
     finally:
         run.log.close()
     peak_memory = max(group.gather(peak_memory_bytes(group.device)))
-    return group.shared(lambda: record.finish(run, result, reason, peak_memory))
+    return group.shared(lambda: record.finish(run, status, result, reason, peak_memory))
 
 
 def _spend(
-    run: Run, sampler: WindowSampler, heldout: np.ndarray, observers: list[Reporter], stop: threading.Event
-) -> str | None:
+    run: Run, sampler: WindowSampler, heldout: np.ndarray, observers: list[Reporter], stop: threading.Event,
+    on_evaluation: OnEvaluation | None,
+) -> str | None:  # fmt: skip
     """Take steps until the budget is spent; the reason where the run diverged."""
     while run.used < 1:
-        before = run.clock.seconds["train"]
+        before, used = run.clock.seconds["train"], run.used
         reason = _train_step(run, sampler)
         if reason:
             return reason
@@ -121,8 +140,11 @@ def _spend(
         if stops:
             raise Interrupted
         now = run.clock.seconds["train"]
-        if run.used < 1 and _due(run.config.eval_every, before, now):
+        share = 1 / (run.config.eval_points + 1)
+        if run.used < 1 and (_due(run.config.eval_every, before, now) or _due(share, used, run.used)):
             _evaluate(run, heldout)
+            if on_evaluation and run.group.is_first:
+                on_evaluation(run.heldout[-1], run.used)
         if run.used < 1 and _due(run.config.checkpoint_every, before, now):
             state.save(run)
     return None
@@ -136,7 +158,7 @@ def _agree(run: Run, stop: threading.Event) -> tuple[float, bool]:
 
 
 def _due(every: float, before: float, now: float) -> bool:
-    """Whether a multiple of `every` seconds was passed."""
+    """Whether a multiple of `every` was passed."""
     return every > 0 and now // every > before // every
 
 

@@ -50,8 +50,8 @@ def header(
     }
 
 
-def finish(run: Run, heldout: HeldOut | None, reason: str | None, peak_memory: int) -> dict[str, Any]:
-    """The whole record; also written to record.json in the run's folder. `reason`: why it diverged, or None."""
+def finish(run: Run, status: str, heldout: HeldOut | None, reason: str | None, peak_memory: int) -> dict[str, Any]:
+    """The whole record; also written to record.json in the run's folder. `reason`: why it is not done, or None."""
     entries, seconds = run.log.entries, run.clock.seconds
     loss, loss_steps = steplog.last_loss(entries)
     rate, spread = steplog.throughput(entries)
@@ -75,11 +75,11 @@ def finish(run: Run, heldout: HeldOut | None, reason: str | None, peak_memory: i
         "wall_seconds": time.perf_counter() - run.wall_start,
         "peak_memory_bytes": peak_memory,
         "mfu": rate * run.size["flops_per_token"] / (peak * world) if rate and peak else None,
-        "diverged_step": run.step if reason else None,
+        "diverged_step": run.step if status == "diverged" else None,
     }
     record = {
         **header(run.name, run.model_config, run.config, run.corpus, run.size),
-        "status": "diverged" if reason else "done",
+        "status": status,
         "reason": reason,
         "started": run.started,
         "results": results,
