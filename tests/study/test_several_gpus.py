@@ -67,10 +67,11 @@ def test_killed_torchrun_takes_its_processes_along(text: Path, tmp_path: Path) -
         time.sleep(0.05)
     ranks = children(handle.process.pid)  # type: ignore[attr-defined]
     handle.kill()
-    while any(map(alive, ranks)):
+    # The lock goes with the last of them, a moment after it is gone from the table of processes.
+    while any(map(alive, ranks)) or folder.busy():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert len(ranks) == 2 and not folder.busy()
+    assert len(ranks) == 2
 
 
 def test_slots_are_taken_together_and_gpus_named_to_the_run(tmp_path: Path, monkeypatch: Any) -> None:
