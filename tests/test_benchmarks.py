@@ -83,3 +83,18 @@ def test_decode_reports_no_speed_for_a_wrong_step(monkeypatch, capsys):
     monkeypatch.setattr(cpu, "run", lambda *a: (right(*a)[0] * 1.01, right(*a)[1]))
     code, out = run("decode", monkeypatch, capsys, *DECODE)
     assert code == 1 and "no speed is reported" in out and "tok/s" not in out
+
+
+def test_parallel_says_what_fails():
+    module = load("parallel")
+
+    def result(speed, losses=(5.0, 4.0)):
+        return module.Result({"results": {"tokens_per_second": speed}}, list(losses))
+
+    found = {
+        "alone0": result(100), "alone1": result(90), "beside0": result(99), "beside1": result(80),
+        "parts": result(100), "ddp": result(190), "fsdp": result(180, (5.0, 4.1)),
+    }  # fmt: skip
+    told = module.answers(found, 2)
+    assert [round(answer["value"], 6) for answer in told.values()] == [0.888889, 1.9, 0.0, 1.8, 0.025]
+    assert [answer["holds"] for answer in told.values()] == [False, True, True, False, False]

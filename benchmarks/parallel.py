@@ -1,0 +1,156 @@
+"""Speed of several GPUs of one machine: runs side by side, and one run spread over them by DDP and FSDP2.
+
+    python benchmarks/parallel.py [--preset e88-500m] [--processes 2] [--batch-size 32] [--window 512] [--steps 30]
+
+Each run is an `e88 train` of its own, so that what is timed is what a user gets; tok/s is the record's median over
+steady steps. A run in several processes has `--batch-size` rows on each GPU, and its losses are compared with those of
+one GPU that takes the same batch in as many parts. The text is the standard library's; nothing is downloaded.
+
+Three things are asked, and the exit code is 1 where one fails: runs side by side keep 95 % of the tok/s that each has
+alone on its GPU; a run over two GPUs makes 1.85 times the tok/s of one (92.5 % for each GPU of more); the losses of the
+first ten steps agree to a thousandth. With --device cpu the "GPUs" are processes of one thread, which tests this script
+and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SIDE_BY_SIDE, EACH_GPU, LOSS = 0.95, 0.925, 1e-3
+COMPARED_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of one run: its record, and the loss of each step."""
+
+    record: dict[str, Any]
+    losses: list[float]
+
+    @property
+    def speed(self) -> float:
+        return float(self.record["results"]["tokens_per_second"])
+
+
+class Runs:
+    """Starts trainings and reads what they leave."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        self.options, self.folder = options, folder
+        self.started: list[subprocess.Popen[bytes]] = []
+
+    def start(
+        self, name: str, gpus: list[int], *, rows: int, parts: int = 1, mode: str = ""
+    ) -> subprocess.Popen[bytes]:
+        o = self.options
+        command = [sys.executable]
+        if mode:
+            command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(len(gpus))]
+        command += ["-m", "e88", "train", o.preset, "--out", str(self.folder / name), "--steps", str(o.steps)]
+        command += ["--batch-size", str(rows), "--window", str(o.window), "--accumulate", str(parts)]
+        command += ["--device", o.device, "--set", "heldout_bytes=16384", "--set", "checkpoint_every=0"]
+        environment = {**os.environ}
+        if o.device == "cpu":
+            environment["OMP_NUM_THREADS"] = "1"
+        else:
+            given = os.environ.get("CUDA_VISIBLE_DEVICES")
+            names = given.split(",") if given else [str(i) for i in range(o.processes)]
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[gpu] for gpu in gpus)
+        if mode:
+            command += ["--parallel", mode]
+        (self.folder / name).mkdir()
+        with open(self.folder / name / "output.txt", "wb") as log:
+            self.started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+        return self.started[-1]
+
+    def stop(self) -> None:
+        """End what a failure has left running."""
+        for process in self.started:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+
+    def finish(self, name: str, process: subprocess.Popen[bytes]) -> Result:
+        code = process.wait()
+        place = self.folder / name
+        if code:
+            raise SystemExit(f"{name} ended with {code}: {(place / 'output.txt').read_text()[-2000:]}")
+        # Several gigabytes each.
+        (place / "checkpoint.safetensors").unlink()
+        losses = [json.loads(line)["loss"] for line in (place / "log.jsonl").read_text().splitlines()]
+        result = Result(json.loads((place / "record.json").read_text()), losses)
+        peak = result.record["results"]["peak_memory_bytes"] / 2**30
+        print(f"{name:<12} {result.speed:12,.0f} tok/s {peak:8.1f} GiB a GPU at most", flush=True)
+        return result
+
+    def do(self, name: str, gpus: list[int], **options: Any) -> Result:
+        return self.finish(name, self.start(name, gpus, **options))
+
+
+def measure(runs: Runs) -> dict[str, Result]:
+    """Every run, by name."""
+    count, rows = runs.options.processes, runs.options.batch_size
+    found = {f"alone{gpu}": runs.do(f"alone{gpu}", [gpu], rows=rows) for gpu in range(count)}
+    beside = {f"beside{gpu}": runs.start(f"beside{gpu}", [gpu], rows=rows) for gpu in range(count)}
+    found |= {name: runs.finish(name, process) for name, process in beside.items()}
+    found["parts"] = runs.do("parts", [0], rows=rows * count, parts=count)
+    for mode in ("ddp", "fsdp"):
+        found[mode] = runs.do(mode, list(range(count)), rows=rows * count, mode=mode)
+    return found
+
+
+def answers(found: Mapping[str, Result], count: int) -> dict[str, dict[str, Any]]:
+    """What was asked -> value, limit, and whether it holds."""
+    shares = [found[f"beside{gpu}"].speed / found[f"alone{gpu}"].speed for gpu in range(count)]
+    told = {"side by side: least share of the speed alone": (min(shares), SIDE_BY_SIDE, min(shares) >= SIDE_BY_SIDE)}
+    for mode in ("ddp", "fsdp"):
+        ratio = found[mode].speed / found["alone0"].speed
+        told[f"{mode}: times the speed of one GPU"] = (ratio, EACH_GPU * count, ratio >= EACH_GPU * count)
+        pairs = list(zip(found["parts"].losses, found[mode].losses, strict=True))[:COMPARED_STEPS]
+        apart = max(abs(a - b) / a for a, b in pairs)
+        told[f"{mode}: largest relative difference of a loss"] = (apart, LOSS, apart <= LOSS)
+    return {name: {"value": value, "limit": limit, "holds": holds} for name, (value, limit, holds) in told.items()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="e88-500m")
+    parser.add_argument("--processes", type=int, default=2, help="GPUs")
+    parser.add_argument("--batch-size", type=int, default=32, help="windows on each GPU")
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path, help="where records and the answers are kept")
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="e88-parallel-"))
+    started, runs = time.perf_counter(), Runs(options, folder)
+    try:
+        found = measure(runs)
+    finally:
+        runs.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+    told = answers(found, options.processes)
+    for name, answer in told.items():
+        print(f"{'holds' if answer['holds'] else 'FAILS'}  {name}: {answer['value']:.4g} (limit {answer['limit']:g})")
+    print(f"{time.perf_counter() - started:.0f} s")
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        lines = (json.dumps({**result.record, "name": name}) for name, result in found.items())
+        (options.out / "parallel.jsonl").write_text("\n".join(lines) + "\n")
+        (options.out / "parallel.json").write_text(json.dumps(told, indent=1) + "\n")
+    return 0 if all(answer["holds"] for answer in told.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
