@@ -21,6 +21,7 @@ from e88.errors import UserError
 from e88.layers import e88 as layer
 from e88.layers.linear import _JointLinear
 from e88.models.config import E88Config, ModelConfig
+from e88.models.lm import LanguageModel
 from e88.training import loop
 from e88.training.config import Budget, TrainingConfig
 from e88.training.distributed import Group
@@ -78,12 +79,20 @@ def poison(run: Any) -> None:
     getattr(weight, "to_local", lambda: weight)()[0, 0] = float("nan")
 
 
+def exempt(model: LanguageModel) -> set[str]:
+    return {name for name, p in model.named_parameters() if getattr(p, "_no_weight_decay", False)}
+
+
 def main(text: str, out: Path, cache: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     corpus = open_corpus(text, cache=Path(cache))
     groups = {mode: Group(torch.device("cpu"), rank, 2, mode, "gloo") for mode in ("ddp", "fsdp")}
+    model = LanguageModel(MODEL)
+    before = exempt(model)
+    groups["fsdp"].wrap(model)
+    assert before and exempt(model) == before
     for name, (mode, _) in RUNS.items():
         plain = layer.joint_linear
         if name == "fsdp-joint":
