@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from e88.errors import UserError, unknown_name
 from e88.ops.backends import announce, note
+from e88.ops.norms import compute_dtype
 from e88.runtime import package_version
 
 PLAIN = "torch"
@@ -35,14 +36,6 @@ class Library(NamedTuple):
 
     missing: Callable[[], str | None]
     mode: Callable[[], str]
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that matrix products with x have here, under autocast or not."""
-    kind = x.device.type
-    # Autocast leaves float64 alone.
-    cast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(kind) if cast else x.dtype
 
 
 def choose(wanted: str, x: Tensor, **misfits: str | None) -> str:

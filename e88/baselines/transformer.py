@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from functools import cache, lru_cache
 
@@ -17,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from e88.baselines.libraries import HALF, PLAIN, choose
 from e88.layers.mixer import Mixer, State
 from e88.models.config import AttentionConfig
+from e88.ops.backends import installed
 from e88.ops.norms import wide, wide_dtype
 
 # cuDNN may refuse an unusual length, such as the rest of an evaluation: flash attention takes that one.
@@ -104,7 +104,7 @@ def rotate(x: Tensor, start: int, theta: float) -> Tensor:
 
 @cache
 def _compiled_turn() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    return torch.compile(_turn, dynamic=True) if importlib.util.find_spec("triton") else _turn
+    return torch.compile(_turn, dynamic=True) if installed("triton") else _turn
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -5,23 +5,17 @@ B batch, T time, C channels, W filter width
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from e88.ops import few_rows
-from e88.ops.norms import rms_norm
-
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+from e88.ops.backends import installed
+from e88.ops.norms import compute_dtype, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -47,12 +41,10 @@ class ResidualRMSNorm(RMSNorm):
         The stream keeps h's dtype; the norm comes in the dtype that projections compute in. One pass over both on a
         GPU.
         """
-        kind = h.device.type
-        if kind == "cuda" and h.dtype != torch.float64 and _has_triton():
+        if h.is_cuda and h.dtype != torch.float64 and installed("triton"):
             from e88.ops.triton.norm import add_rms_norm
 
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
-            return add_rms_norm(h, update, self.weight, self.eps, dtype)
+            return add_rms_norm(h, update, self.weight, self.eps, compute_dtype(h))
         h = h if update is None else h + update
         return h, rms_norm(h, self.weight, self.eps)
 
@@ -121,7 +113,7 @@ def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | No
     """ShortConv's computation: weight [C, 1, W], bias [C] or None, x, tail and results as there."""
     length, past = x.shape[1], weight.shape[2] - 1
     if tail is not None and length == 1:
-        if x.is_cuda and x.dtype != torch.float64 and not torch.is_grad_enabled() and _has_triton():
+        if x.is_cuda and x.dtype != torch.float64 and not torch.is_grad_enabled() and installed("triton"):
             from e88.ops.triton.conv import conv_step
 
             y, new_tail = conv_step(x.squeeze(1), weight, bias, tail)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from e88.ops.norms import compute_dtype
+
 # Rows of outputs begin at a line of a GPU's cache (128 bytes) for 16-bit dtypes: kernels load 8 elements at a time, and
 # a head's piece of a row would otherwise touch one line more.
 ALIGN = 64
@@ -20,11 +22,10 @@ def joint_linear(x: Tensor, projections: Sequence[nn.Linear]) -> tuple[Tensor, .
     In training on a GPU the results are neighbouring columns of one tensor. A skinny projection beside a wide one is
     then free, where a product of its own would read x, and write x's gradient, once more.
     """
-    kind = x.device.type
-    if kind == "cpu" or not torch.is_grad_enabled():
+    if x.device.type == "cpu" or not torch.is_grad_enabled():
         return tuple(projection(x) for projection in projections)
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    outputs: tuple[Tensor, ...] = _JointLinear.apply(x.to(dtype), *(projection.weight for projection in projections))
+    weights = (projection.weight for projection in projections)
+    outputs: tuple[Tensor, ...] = _JointLinear.apply(x.to(compute_dtype(x)), *weights)
     return outputs
 
 

@@ -32,10 +32,20 @@ class Backend(NamedTuple):
     missing: Callable[[], str | None] = lambda: None
 
 
+def installed(package: str) -> bool:
+    """Whether a package can be imported here."""
+    return _found(package)
+
+
+# Kept, because it is asked at every call, and a look at the disk takes as long as a small problem.
 @lru_cache
-def _installed(package: str) -> bool:
-    # Asked at every call, and a look at the disk takes as long as a small problem.
+def _found(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
+
+
+# The compiler calls what is marked so while tracing and keeps the result, instead of tracing the look at the machine.
+# torch.compiler.assume_constant_result sets the same, but would import the compiler here: a second for every program.
+installed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _numba_supports(problem: Problem) -> str | None:
@@ -47,7 +57,7 @@ def _numba_supports(problem: Problem) -> str | None:
 
 
 def _numba_missing() -> str | None:
-    return None if _installed("numba") else "numba is not installed; pip install numba"
+    return None if installed("numba") else "numba is not installed; pip install numba"
 
 
 def _cuda_supports(problem: Problem) -> str | None:
@@ -65,7 +75,7 @@ def _cuda_missing() -> str | None:
         return "there is no CUDA device that torch can use"
     if torch.cuda.get_device_capability() < (8, 0):
         return "it needs compute capability 8.0 or newer"
-    if not _installed("cuda") or not _installed("cuda.bindings"):
+    if not installed("cuda") or not installed("cuda.bindings"):
         return "cuda.bindings is not installed; pip install cuda-bindings"
     return None
 
@@ -81,7 +91,7 @@ def _triton_supports(problem: Problem) -> str | None:
 
 
 def _triton_missing() -> str | None:
-    if not _installed("triton"):
+    if not installed("triton"):
         return "triton is not installed; pip install triton"
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         return "there is no GPU that torch can use, and TRITON_INTERPRET is not 1"
@@ -145,8 +155,7 @@ def _chosen(K: int, V: int, dtype: torch.dtype, device: str, activation: str, ba
     return row.module
 
 
-# The compiler calls it while tracing and keeps the result, instead of tracing the look at the machine. That is what
-# torch.compiler.assume_constant_result sets, which would import the compiler here: a second for every program.
+# As `installed`.
 _chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -1,4 +1,4 @@
-"""Norms over the last axis, reduced in float32 or wider."""
+"""Norms over the last axis, reduced in float32 or wider, and the dtypes that layers compute in."""
 
 from __future__ import annotations
 
@@ -17,6 +17,14 @@ def wide(x: Tensor) -> Tensor:
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, else float32: what norms and recurrences compute in."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that matrix products with x have here, under autocast or not."""
+    kind = x.device.type
+    # Autocast leaves float64 alone.
+    cast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if cast else x.dtype
 
 
 class _ScaleRows(torch.autograd.Function):

@@ -55,11 +55,16 @@ def launch(
     """Launch blocks x threads of "forward", "backward" or "finish" on tensors (None: null) and numbers, in order."""
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream
-        addresses = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in pointers]
+        addresses = [pointer(x) for x in pointers]
         rest = [ctypes.c_int(x) if isinstance(x, int) else x for x in numbers]
         assert device.index is not None
         _launched[kernel] = _kernel(kernel, device.index, plan, save)
         _launched[kernel](*grid, stream, [*addresses, *rest])
+
+
+def pointer(x: Tensor | None) -> ctypes.c_void_p:
+    """A tensor as a kernel's argument; null for None."""
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
 
 
 def rows(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from e88.ops.cuda.compile import Kernel, compile_cubin, overlapping
+from e88.ops.cuda.launch import pointer
 
 # With more rows a library's products are faster: every block reads all of x.
 MAX_ROWS = 2
@@ -61,7 +62,7 @@ def _launch(
     eps: float,
 ) -> None:
     device, (B, D), N = x.device.index, x.shape, weight.shape[0]
-    pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (x, update, norm, weight, y, stream)]
+    pointers = [pointer(t) for t in (x, update, norm, weight, y, stream)]
     arguments: list[Any] = [*pointers, ctypes.c_int(N), ctypes.c_float(eps)]
     blocks = -(-N // ROWS_A_BLOCK)
     with torch.cuda.device(device):

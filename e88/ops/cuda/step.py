@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from e88.ops.cuda.compile import Kernel, compile_cubin, overlapping
+from e88.ops.cuda.launch import pointer
 from e88.ops.cuda.linear import MAX_ROWS
 from e88.ops.cuda.plan import DTYPES
 
@@ -108,7 +109,7 @@ def _launch(
     warps = qkv.shape[0] * H * -(-V // COLUMNS)
     if warps == 0:
         return
-    arguments: list[Any] = [_pointer(x) for x in (qkv, a, A_log, dt_bias, b, gate, state, y, new_state)]
+    arguments: list[Any] = [pointer(x) for x in (qkv, a, A_log, dt_bias, b, gate, state, y, new_state)]
     arguments += [ctypes.c_int64(0 if x is None else x.stride(0)) for x in (qkv, a, b, gate)]
     arguments += [ctypes.c_int(H), ctypes.c_int(warps)]
     device = qkv.device.index
@@ -119,10 +120,6 @@ def _launch(
         stream = torch.cuda.current_stream(device).cuda_stream
         kernel = _kernel(device, tuple(chosen.items()))
         kernel(-(-32 * warps // threads), threads, stream, arguments, overlap=overlap)
-
-
-def _pointer(x: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if x is None else x.data_ptr())
 
 
 @torch.library.custom_op("e88::cuda_step", mutates_args=(), device_types="cuda")
