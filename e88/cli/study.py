@@ -57,19 +57,9 @@ def run(
 
     Exit code 0 when every run ended, 1 when one failed. Diverged runs are results.
     """
-    _run(
-        spec,
-        scale,
-        out,
-        claim,
-        seeds,
-        data,
-        (launcher, slots, gpus, slurm, jobs),
-        device,
-        keep_checkpoints,
-        as_json,
-        (),
-    )
+    experiment, store = _experiment(spec, scale, out, claim, seeds, data)
+    chosen = make_launcher(store, device, experiment.study.slurm, launcher, slots, gpus, slurm, jobs)
+    _run(experiment, store, chosen, device, keep_checkpoints, as_json, retry=())
 
 
 @study.command()
@@ -92,19 +82,9 @@ def retry(
 ) -> None:
     """As `run`, trying failed runs again."""
     again = ("failed", "diverged") if diverged else ("failed",)
-    _run(
-        spec,
-        scale,
-        out,
-        claim,
-        seeds,
-        data,
-        (launcher, slots, gpus, slurm, jobs),
-        device,
-        keep_checkpoints,
-        as_json,
-        again,
-    )
+    experiment, store = _experiment(spec, scale, out, claim, seeds, data)
+    chosen = make_launcher(store, device, experiment.study.slurm, launcher, slots, gpus, slurm, jobs)
+    _run(experiment, store, chosen, device, keep_checkpoints, as_json, retry=again)
 
 
 @study.command()
@@ -187,28 +167,24 @@ def _experiment(
 
 
 def _run(
-    spec: Path,
-    scale: str,
-    out: Path | None,
-    claims: list[str] | None,
-    seeds: int | None,
-    data: str | None,
-    where: tuple[str, int | None, str | None, list[str] | None, int],
+    experiment: Experiment,
+    store: Path,
+    launcher: Launcher,
     device: str,
     keep_checkpoints: bool,
     as_json: bool,
-    again: tuple[str, ...],
+    *,
+    retry: tuple[str, ...],
 ) -> None:
     from e88.study.live import LiveView
     from e88.study.scheduler import Interrupted, run_all
 
-    experiment, store = _experiment(spec, scale, out, claims, seeds, data)
-    chosen = make_launcher(store, device, experiment.study.slurm, *where)
     with LiveView() as view:
-        view.message(f"{experiment.study.title}: scale {scale}, {len(experiment.runs)} runs, {chosen.describe()}")
+        what = f"scale {experiment.scale.name}, {len(experiment.runs)} runs, {launcher.describe()}"
+        view.message(f"{experiment.study.title}: {what}")
         try:
             records = run_all(
-                experiment.runs, store, chosen, view, device=device, retry=again, keep_checkpoints=keep_checkpoints
+                experiment.runs, store, launcher, view, device=device, retry=retry, keep_checkpoints=keep_checkpoints
             )
         except Interrupted as stop:
             view.message(str(stop))
