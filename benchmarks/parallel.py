@@ -59,7 +59,7 @@ class Runs:
             command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(len(gpus))]
         command += ["-m", "e88", "train", o.preset, "--out", str(self.folder / name), "--steps", str(o.steps)]
         command += ["--batch-size", str(rows), "--window", str(o.window), "--accumulate", str(parts)]
-        command += ["--device", o.device, "--set", "heldout_bytes=16384", "--set", "checkpoint_every=0"]
+        command += ["--device", o.device, "--set", "heldout_bytes=16384", "--no-keep-checkpoint"]
         environment = {**os.environ}
         if o.device == "cpu":
             environment["OMP_NUM_THREADS"] = "1"
@@ -86,8 +86,6 @@ class Runs:
         place = self.folder / name
         if code:
             raise SystemExit(f"{name} ended with {code}: {(place / 'output.txt').read_text()[-2000:]}")
-        # Several gigabytes each.
-        (place / "checkpoint.safetensors").unlink()
         losses = [json.loads(line)["loss"] for line in (place / "log.jsonl").read_text().splitlines()]
         result = Result(json.loads((place / "record.json").read_text()), losses)
         peak = result.record["results"]["peak_memory_bytes"] / 2**30

@@ -36,6 +36,7 @@ def train(
     parallel: Annotated[str | None, typer.Option(help="Under torchrun: ddp or fsdp.  [default: ddp]")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in --out.")] = False,
+    keep_checkpoint: Annotated[bool, typer.Option(help="Leave a checkpoint when the budget is spent.")] = True,
     tensorboard: Annotated[bool, typer.Option(help="Write TensorBoard events into --out.")] = False,
     as_json: options.Json = False,
 ) -> None:
@@ -64,7 +65,7 @@ def train(
                 try:
                     record = run_training(
                         spec.model, spec.training, corpus, out, name=spec.name, group=group, resume=resume,
-                        reporter=progress, tensorboard=tensorboard,
+                        reporter=progress, tensorboard=tensorboard, keep_checkpoint=keep_checkpoint,
                     )  # fmt: skip
                 except Interrupted as stop:
                     progress.message(str(stop))
@@ -79,22 +80,23 @@ def train(
                 print(f"e88: error: {lost}", file=sys.stderr)
             raise typer.Exit(EXIT_FAILED) from None
         if group.is_first:
-            print(json.dumps(record) if as_json else _summary(record, out))
+            print(json.dumps(record) if as_json else _summary(record, out, keep_checkpoint))
     if record["status"] == "diverged":
         raise typer.Exit(EXIT_DIVERGED)
 
 
-def _summary(record: dict[str, Any], out: Path) -> str:
+def _summary(record: dict[str, Any], out: Path, kept: bool) -> str:
     results = record["results"]
     if record["status"] == "diverged":
         return f"{record['name']} diverged: {record['reason']}; see e88 replay {out}"
     low, high = results["heldout_interval"]
+    left = "record and checkpoint" if kept else "record"
     lines = [
         f"{record['name']}: {record['model']['params']:,} parameters, seed {record['seed']}",
         f"  train loss {results['train_loss']:.4f} nats/token (mean of the last {results['train_loss_steps']} steps)",
         f"  held out   {results['heldout_bpb']:.4f} bits per byte (95 % over windows: {low:.4f} to {high:.4f})",
         f"  {results['steps']:,} steps, {results['tokens']:,} tokens in {results['seconds']:.1f} s, "
         f"{results['tokens_per_second']:,.0f} tok/s on {record['environment']['hardware']}",
-        f"  backends: {', '.join(record['environment']['backends']) or 'torch only'}; record and checkpoint in {out}",
+        f"  backends: {', '.join(record['environment']['backends']) or 'torch only'}; {left} in {out}",
     ]
     return "\n".join(lines)

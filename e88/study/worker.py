@@ -98,6 +98,8 @@ def main(folder: RunFolder, group: Group | None = None) -> int:
             # Killed after the run had ended: perhaps before its record reached the store.
             _tell(group, trains=False)
             _store_once(folder, record)
+            if record["status"] in ("done", "pruned") and not task["keep_checkpoint"]:
+                folder.checkpoint.unlink(missing_ok=True)
         else:
             if record:
                 _set_aside(folder, record)
@@ -109,8 +111,6 @@ def main(folder: RunFolder, group: Group | None = None) -> int:
             if record is None:
                 return EXIT_INTERRUPTED
             Store(folder.store).append(record)
-        if record["status"] in ("done", "pruned") and not task["keep_checkpoint"]:
-            folder.checkpoint.unlink(missing_ok=True)
         return {"done": 0, "pruned": 0, "diverged": EXIT_DIVERGED}.get(record["status"], EXIT_FAILED)
 
 
@@ -154,6 +154,7 @@ def _run(folder: RunFolder, task: dict[str, Any], group: Group | None) -> Record
         return train(
             spec.model, spec.training, corpus, folder.path, name=spec.name, group=group, resume=True,
             reporter=heartbeat, on_evaluation=heartbeat.evaluated if heartbeat else None,
+            keep_checkpoint=task["keep_checkpoint"],
         )  # fmt: skip
     except (Interrupted, RanksLost):
         return None

@@ -65,12 +65,14 @@ def train(
     reporter: Reporter | None = None,
     tensorboard: bool = False,
     on_evaluation: OnEvaluation | None = None,
+    keep_checkpoint: bool = True,
 ) -> dict[str, Any]:
     """Train a model until its budget is spent and return the run's record (see docs/records.md).
 
     folder: receives log.jsonl, checkpoint.safetensors and record.json. group: the processes and their device, one on
     the CPU where None; all of them call this, and the first alone writes. resume: go on from the checkpoint there.
-    on_evaluation: called in the first process after a held-out evaluation on the way.
+    on_evaluation: called in the first process after a held-out evaluation on the way. keep_checkpoint: leave the last
+    one there when the budget is spent; otherwise it is not even written.
     Raises UserError for wrong input, Interrupted when stopped by a signal (after writing a checkpoint), RanksLost where
     another process died. A run whose loss or gradients stop being finite ends with status `diverged`, the last good
     checkpoint in place, and beside it bad_step.safetensors, from which `e88.training.replay` repeats that step.
@@ -78,13 +80,15 @@ def train(
     group, folder = group or Group(torch.device("cpu")), Path(folder)
     with group.watched():
         return _train(
-            model_config, config, corpus, folder, name, group, resume, reporter, tensorboard, on_evaluation
+            model_config, config, corpus, folder, name, group, resume, reporter, tensorboard, on_evaluation,
+            keep_checkpoint,
         )  # fmt: skip
 
 
 def _train(
     model_config: ModelConfig, config: TrainingConfig, corpus: Corpus, folder: Path, name: str, group: Group,
     resume: bool, reporter: Reporter | None, tensorboard: bool, on_evaluation: OnEvaluation | None,
+    keep_checkpoint: bool,
 ) -> dict[str, Any]:  # fmt: skip
     group.check(config)
     if corpus.vocab_size > model_config.vocab_size:
@@ -111,7 +115,9 @@ def _train(
             except Pruned as pruned:
                 reason, status = str(pruned), "pruned"
             result = _evaluate(run, heldout) if status == "done" else None
-            state.save(run)
+            keep_checkpoint |= status == "diverged"
+            if keep_checkpoint:
+                state.save(run)
             if status != "diverged":
                 state.forget_bad_step(run)
     except Interrupted:
@@ -120,7 +126,10 @@ def _train(
     finally:
         run.log.close()
     peak_memory = max(group.gather(peak_memory_bytes(group.device)))
-    return group.shared(lambda: record.finish(run, status, result, reason, peak_memory))
+    finished = group.shared(lambda: record.finish(run, status, result, reason, peak_memory))
+    if not keep_checkpoint:
+        state.forget_checkpoint(run)
+    return finished
 
 
 def _spend(

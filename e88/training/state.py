@@ -123,6 +123,11 @@ def forget_bad_step(run: Run) -> None:
     run.group.shared(lambda: (run.folder / BAD_STEP).unlink(missing_ok=True))
 
 
+def forget_checkpoint(run: Run) -> None:
+    """Remove the checkpoint of a run that has ended."""
+    run.group.shared(lambda: (run.folder / CHECKPOINT).unlink(missing_ok=True))
+
+
 def _gather(run: Run, tensors: dict[str, Tensor]) -> None:
     """Put tensors that are in shards together in the first process, one at a time; the others are left with none."""
     for key, tensor in tensors.items():

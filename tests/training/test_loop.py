@@ -133,6 +133,19 @@ def test_a_number_that_is_not_finite_stops_the_run_and_names_the_layer(where, co
     assert len(losses(tmp_path / "run")) == 3
 
 
+def test_a_checkpoint_is_left_only_where_it_is_to_be_kept(corpus, tiny, tmp_path):
+    with pytest.raises(Interrupted):
+        train(tiny, config(), corpus, tmp_path, reporter=StopAt(3), keep_checkpoint=False)
+    # The run has not ended.
+    assert (tmp_path / "checkpoint.safetensors").exists()
+    record = train(tiny, config(), corpus, tmp_path, resume=True, keep_checkpoint=False)
+    assert record["status"] == "done" and record["results"]["steps"] == 8
+    assert not (tmp_path / "checkpoint.safetensors").exists()
+    kept = train(tiny, config(), corpus, tmp_path / "kept")
+    assert (tmp_path / "kept" / "checkpoint.safetensors").exists()
+    assert kept["results"]["heldout_bpb"] == record["results"]["heldout_bpb"]
+
+
 def test_a_second_run_in_the_same_folder_needs_resume(corpus, tiny, tmp_path):
     train(tiny, config(2), corpus, tmp_path / "run")
     before = (tmp_path / "run" / "checkpoint.safetensors").read_bytes()
