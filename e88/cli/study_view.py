@@ -49,10 +49,11 @@ def _begun(row: RunStatus) -> tuple[str, ...]:
 
 
 def plan_rows(experiment: Experiment, ended: Collection[str], throughput: Throughput) -> list[dict[str, Any]]:
-    """One row for each model and budget: params, limit, runs, runs left, seconds of a run and the basis of that."""
+    """One row for each model and budget: params, limit, runs, runs left, seconds of a run, the basis of that, and how many
+    GPUs it takes."""
     rows = []
     for model, budget in experiment.arms:
-        runs = [experiment.planned[model, budget, seed] for seed in experiment.seeds]
+        runs = list(experiment.of(model, budget).values())
         left = [run.id for run in runs if run.id not in ended]
         # Runs that differ in their seed alone cost the same.
         cost = throughput.cost(runs[0])
@@ -60,7 +61,7 @@ def plan_rows(experiment: Experiment, ended: Collection[str], throughput: Throug
             {
                 "model": model, "budget": budget, "params": count_params(experiment.configs[model]),
                 "limit": runs[0].spec.training.budget.to_dict(), "runs": len(runs), "left": len(left),
-                "seconds_each": cost.seconds, "basis": cost.basis, "ids_left": left,
+                "seconds_each": cost.seconds, "basis": cost.basis, "gpus": runs[0].gpus, "ids_left": left,
             }
         )  # fmt: skip
     return rows
@@ -80,8 +81,8 @@ def show_plan(rows: Sequence[dict[str, Any]], hardware: str) -> None:
         table.add_row(*map(Text, cells))
     console.print(table)
     # Runs that two rows share are done once.
-    left = {run: row["seconds_each"] for row in rows for run in row["ids_left"]}
-    known = [seconds for seconds in left.values() if seconds is not None]
+    left = {run: row for row in rows for run in row["ids_left"]}
+    known = [row["seconds_each"] * row["gpus"] for row in left.values() if row["seconds_each"] is not None]
     hours = math.fsum(known) / 3600
     where = f" on {hardware}" if hardware else ""
     console.print(Text(f"{len(left)} runs left, {hours:.2f} hours of one GPU or slot{where}"))

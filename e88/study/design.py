@@ -8,7 +8,7 @@ title, source, data, tokenizer
 [budgets.NAME]     for each scale a budget such as {steps = 200}; exclusive = true, or the scales at which its runs
                    are alone on their processor (on a GPU they always are)
 [models.NAME]      see `e88.study.shapes`; training (keys of its runs); for a scale's name, a table to use there
-                   instead; gpus and parallel, in place of the scale's; vary = {key = [values]} with {key} in NAME makes
+                   instead; gpus, parallel and seeds, in place of the scale's; vary = {key = [values]} with {key} in NAME makes
                    a grid
 [claims.NAME]      see `e88.study.claims`
 """
@@ -75,14 +75,20 @@ class Study:
             wanted = expand(claims, [claim.name for claim in chosen], "claim")
             parts = {part for claim in chosen if claim.name in wanted for part in claim.models}
             chosen = tuple(c for c in chosen if c.name in wanted or c.name in parts)
-        count = seeds or self.scales[scale].seeds
-        return Experiment(self, self.scales[scale], chosen, tuple(range(count)), partial=bool(claims))
+        counts = {name: seeds or self._seeds(name, self.scales[scale]) for name in self.models}
+        return Experiment(self, self.scales[scale], chosen, counts, partial=bool(claims))
+
+    def _seeds(self, model: str, scale: Scale) -> int:
+        count: int = self.models[model].get("seeds", scale.seeds)
+        if type(count) is not int or count < 1:
+            raise UserError(f"model '{model}': seeds must be a positive integer, got {count!r}")
+        return count
 
     def model(self, name: str, scale: Scale | None = None) -> ModelConfig:
         """A model of the study, at full size where no scale is given."""
         try:
             table = dict(self.models[name])
-            for key in ("training", *SPREAD):
+            for key in ("training", "seeds", *SPREAD):
                 table.pop(key, None)
             own = {key: table.pop(key) for key in self.scales if key in table}
             if scale is not None and scale.name in own:
@@ -122,13 +128,17 @@ class Study:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A study at one scale. partial: only what some claims need."""
+    """A study at one scale. counts: model -> its number of seeds. partial: only what some claims need."""
 
     study: Study
     scale: Scale
     claims: tuple[Claim, ...]
-    seeds: tuple[int, ...]
+    counts: Mapping[str, int]
     partial: bool = False
+
+    def of(self, model: str, budget: str) -> dict[int, PlannedRun]:
+        """seed -> run of one series."""
+        return {seed: self.planned[model, budget, seed] for seed in range(self.counts[model])}
 
     @cached_property
     def arms(self) -> tuple[tuple[str, str], ...]:
@@ -158,8 +168,9 @@ class Experiment:
                 study.is_exclusive(budget, scale),
                 **study.spread(model, scale),
             )
-            for seed in self.seeds
+            for seed in range(max(self.counts.values()))
             for model, budget in self.arms
+            if seed < self.counts[model]
         }
 
     @cached_property

@@ -75,7 +75,7 @@ def frontiers(experiment: Experiment, records: Mapping[str, Record]) -> list[Fro
     for budget in dict.fromkeys(budget for _, budget in experiment.arms):
         state, speed = [], []
         for model in [m for m, b in experiment.arms if b == budget]:
-            runs = {seed: records.get(experiment.planned[model, budget, seed].id) for seed in experiment.seeds}
+            runs = {seed: records.get(run.id) for seed, run in experiment.of(model, budget).items()}
             done = {seed: record for seed, record in runs.items() if record and record["status"] == "done"}
             if not done:
                 continue

@@ -99,8 +99,8 @@ class _Court:
     def _runs(self, model: str, claim: Claim) -> dict[int, Record]:
         """seed -> record of every run that ended with a result."""
         found, reasons = {}, []
-        for seed in self.experiment.seeds:
-            record = self.records.get(self.experiment.planned[model, claim.budget, seed].id)
+        for seed, run in self.experiment.of(model, claim.budget).items():
+            record = self.records.get(run.id)
             if record is None:
                 reasons.append("has not run")
             elif record["status"] in ("failed", "pruned"):

@@ -37,8 +37,8 @@ def test_every_claim_leads_to_the_runs_behind_it(study_store: Any) -> None:
     links = set(page.get("href"))
     for claim in experiment.claims:
         for model in claim.involved:
-            for seed in experiment.seeds:
-                assert f"#run-{experiment.planned[model, claim.budget, seed].id}" in links
+            for run in experiment.of(model, claim.budget).values():
+                assert f"#run-{run.id}" in links
     assert {"#claim-wider", "#claim-rival"} <= links
     for run in experiment.runs:
         assert run.id in page.text

@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 
+from e88.cli.study_view import plan_rows
 from e88.errors import UserError
 from e88.models.config import E88Config, ModelConfig
 from e88.sizing.closed_form import block_params, count_params, projection_ratio
 from e88.sizing.presets import PRESETS
+from e88.study.cost import Throughput
 from e88.study.design import Experiment, load_study, parse_study
+from e88.study.judge import judge
 from e88.study.shapes import Shrink, shrunk
 
 STUDIES = Path(__file__).resolve().parents[2] / "studies"
@@ -80,6 +83,21 @@ def test_an_experiment_has_each_run_once_seed_by_seed(text: Path) -> None:
     assert len({run.id for run in experiment.runs} | {run.id for run in study.at("full").runs}) == 6
 
 
+def test_a_model_may_have_its_own_number_of_seeds(text: Path) -> None:
+    models = {"a": {"preset": "plan-medium", "seeds": 3}, "c": {"preset": "plan-depth16"}}
+    claim = {"says": "", "source": "", "lower": ["a", "c"]}
+    study = parse_study("test", table(models=models, claims={"x": claim}), data=str(text))
+    experiment = study.at("smoke")
+    assert [(m, s) for m, _, s in experiment.planned] == [("a", 0), ("c", 0), ("a", 1), ("c", 1), ("a", 2)]
+    assert list(experiment.of("a", "data")) == [0, 1, 2] and list(experiment.of("c", "data")) == [0, 1]
+    (verdict,) = judge(experiment, {})
+    assert verdict.outcome == "undecided"
+    # Asked for on the command line, the number is everyone's.
+    assert len(study.at("smoke", seeds=1).runs) == 2
+    plan = plan_rows(experiment, set(), Throughput([]))
+    assert [(row["runs"], row["gpus"]) for row in plan] == [(3, 1), (2, 1)]
+
+
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
@@ -93,6 +111,7 @@ def test_an_experiment_has_each_run_once_seed_by_seed(text: Path) -> None:
         ({"models": {"a": {"kind": "mamba2", "params": "1M", "dim": 64}}}, "drop dim"),
         ({"scales": {"smoke": {"seeds": 0}}}, "seeds must be"),
         ({"scales": {"smoke": {"sees": 1}}}, "unknown"),
+        ({"models": {"a": {"preset": "tiny-e88", "seeds": "3"}}}, "seeds must be"),
         ({"budgets": {"data": {"huge": {"steps": 1}}}}, "huge"),
         ({"budgets": {"data": {"full": {"steps": 1}}}}, "says nothing of scale"),
         ({"budgets": {"data": {"smoke": {"steps": 1}, "exclusive": ["huge"]}}}, "list of scales"),
