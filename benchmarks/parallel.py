@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -29,6 +30,7 @@ from typing import Any
 
 SIDE_BY_SIDE, EACH_GPU, LOSS = 0.95, 0.925, 1e-3
 COMPARED_STEPS = 10
+MODES = ("ddp", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -81,18 +83,20 @@ class Runs:
                 process.terminate()
                 process.wait()
 
-    def finish(self, name: str, process: subprocess.Popen[bytes]) -> Result:
+    def finish(self, name: str, process: subprocess.Popen[bytes]) -> Result | None:
+        """What it left, or None where it failed, which does not keep the others from running."""
         code = process.wait()
         place = self.folder / name
         if code:
-            raise SystemExit(f"{name} ended with {code}: {(place / 'output.txt').read_text()[-2000:]}")
+            print(f"{name} ended with {code}: {(place / 'output.txt').read_text()[-4000:]}", flush=True)
+            return None
         losses = [json.loads(line)["loss"] for line in (place / "log.jsonl").read_text().splitlines()]
         result = Result(json.loads((place / "record.json").read_text()), losses)
         peak = result.record["results"]["peak_memory_bytes"] / 2**30
         print(f"{name:<12} {result.speed:12,.0f} tok/s {peak:8.1f} GiB a GPU at most", flush=True)
         return result
 
-    def do(self, name: str, gpus: list[int], **options: Any) -> Result:
+    def do(self, name: str, gpus: list[int], **options: Any) -> Result | None:
         return self.finish(name, self.start(name, gpus, **options))
 
 
@@ -103,22 +107,29 @@ def measure(runs: Runs) -> dict[str, Result]:
     beside = {f"beside{gpu}": runs.start(f"beside{gpu}", [gpu], rows=rows) for gpu in range(count)}
     found |= {name: runs.finish(name, process) for name, process in beside.items()}
     found["parts"] = runs.do("parts", [0], rows=rows * count, parts=count)
-    for mode in ("ddp", "fsdp"):
+    for mode in MODES:
         found[mode] = runs.do(mode, list(range(count)), rows=rows * count, mode=mode)
-    return found
+    return {name: result for name, result in found.items() if result is not None}
 
 
 def answers(found: Mapping[str, Result], count: int) -> dict[str, dict[str, Any]]:
-    """What was asked -> value, limit, and whether it holds."""
-    shares = [found[f"beside{gpu}"].speed / found[f"alone{gpu}"].speed for gpu in range(count)]
-    told = {"side by side: least share of the speed alone": (min(shares), SIDE_BY_SIDE, min(shares) >= SIDE_BY_SIDE)}
-    for mode in ("ddp", "fsdp"):
-        ratio = found[mode].speed / found["alone0"].speed
+    """What was asked -> value (None where a run for it failed), limit, and whether it holds."""
+    told: dict[str, tuple[float, float, bool]] = {}
+    pairs = [(found.get(f"beside{gpu}"), found.get(f"alone{gpu}")) for gpu in range(count)]
+    shares = [beside.speed / alone.speed if beside and alone else math.nan for beside, alone in pairs]
+    side_by_side = all(share >= SIDE_BY_SIDE for share in shares)
+    told["side by side: least share of the speed alone"] = (min(shares), SIDE_BY_SIDE, side_by_side)
+    for mode in MODES:
+        both, one, parts = (found.get(name) for name in (mode, "alone0", "parts"))
+        ratio = both.speed / one.speed if both and one else math.nan
         told[f"{mode}: times the speed of one GPU"] = (ratio, EACH_GPU * count, ratio >= EACH_GPU * count)
-        pairs = list(zip(found["parts"].losses, found[mode].losses, strict=True))[:COMPARED_STEPS]
-        apart = max(abs(a - b) / a for a, b in pairs)
+        losses = list(zip(parts.losses, both.losses, strict=True))[:COMPARED_STEPS] if both and parts else []
+        apart = max((abs(a - b) / a for a, b in losses), default=math.nan)
         told[f"{mode}: largest relative difference of a loss"] = (apart, LOSS, apart <= LOSS)
-    return {name: {"value": value, "limit": limit, "holds": holds} for name, (value, limit, holds) in told.items()}
+    return {
+        name: {"value": None if math.isnan(value) else value, "limit": limit, "holds": holds}
+        for name, (value, limit, holds) in told.items()
+    }
 
 
 def main() -> int:
@@ -140,7 +151,8 @@ def main() -> int:
         shutil.rmtree(folder, ignore_errors=True)
     told = answers(found, options.processes)
     for name, answer in told.items():
-        print(f"{'holds' if answer['holds'] else 'FAILS'}  {name}: {answer['value']:.4g} (limit {answer['limit']:g})")
+        value = "no result" if answer["value"] is None else f"{answer['value']:.4g}"
+        print(f"{'holds' if answer['holds'] else 'FAILS'}  {name}: {value} (limit {answer['limit']:g})")
     print(f"{time.perf_counter() - started:.0f} s")
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
