@@ -117,8 +117,8 @@ def answers(found: Mapping[str, Result], count: int) -> dict[str, dict[str, Any]
     told: dict[str, tuple[float, float, bool]] = {}
     pairs = [(found.get(f"beside{gpu}"), found.get(f"alone{gpu}")) for gpu in range(count)]
     shares = [beside.speed / alone.speed if beside and alone else math.nan for beside, alone in pairs]
-    side_by_side = all(share >= SIDE_BY_SIDE for share in shares)
-    told["side by side: least share of the speed alone"] = (min(shares), SIDE_BY_SIDE, side_by_side)
+    least = math.nan if any(map(math.isnan, shares)) else min(shares)
+    told["side by side: least share of the speed alone"] = (least, SIDE_BY_SIDE, least >= SIDE_BY_SIDE)
     for mode in MODES:
         both, one, parts = (found.get(name) for name in (mode, "alone0", "parts"))
         ratio = both.speed / one.speed if both and one else math.nan

@@ -98,7 +98,7 @@ def test_parallel_says_what_fails():
     told = module.answers(found, 2)
     assert [round(answer["value"], 6) for answer in told.values()] == [0.888889, 1.9, 0.0, 1.8, 0.025]
     assert [answer["holds"] for answer in told.values()] == [False, True, True, False, False]
-    del found["fsdp"], found["beside0"]
+    del found["fsdp"], found["beside1"]
     told = module.answers(found, 2)
     assert [answer["value"] is None for answer in told.values()] == [True, False, False, True, True]
     assert [answer["holds"] for answer in told.values()] == [False, True, True, False, False]
