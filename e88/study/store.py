@@ -70,10 +70,6 @@ class Store:
         """The latest record of an id, or None."""
         return next((record for record in self.records() if record["id"] == run_id), None)
 
-    def done_ids(self) -> set[str]:
-        """The ids that need no further run: done, or diverged (which is a result). A failed run may be tried again."""
-        return {record["id"] for record in self.summaries() if record.get("status") in ("done", "diverged")}
-
 
 def load_records(
     paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], curves: bool | Collection[str] = True
