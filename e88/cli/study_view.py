@@ -49,8 +49,7 @@ def _begun(row: RunStatus) -> tuple[str, ...]:
 
 
 def plan_rows(experiment: Experiment, ended: Collection[str], throughput: Throughput) -> list[dict[str, Any]]:
-    """One row for each model and budget: params, limit, runs, runs left, seconds of a run, the basis of that, and how many
-    GPUs it takes."""
+    """One row for each model and budget: params, limit, runs, runs left, a run's seconds, their basis, and GPUs."""
     rows = []
     for model, budget in experiment.arms:
         runs = list(experiment.of(model, budget).values())
