@@ -102,3 +102,17 @@ def test_parallel_says_what_fails():
     told = module.answers(found, 2)
     assert [answer["value"] is None for answer in told.values()] == [True, False, False, True, True]
     assert [answer["holds"] for answer in told.values()] == [False, True, True, False, False]
+
+
+def test_kill_tells_what_a_killed_study_lost():
+    module = load("kill")
+
+    def record(bpb, status="done", unit="steps"):
+        config = {"training": {"budget": {unit: 1}}}
+        return {"status": status, "results": {"heldout_bpb": bpb}, "config": config}
+
+    calm = {name: [record(2.0)] for name in "abcd"} | {"timed": [record(2.0, unit="seconds")]}
+    assert module.differences(calm, {**calm, "timed": [record(2.1, unit="seconds")]}) == []
+    killed = {"a": [record(2.0), record(2.0)], "b": [record(2.1)], "c": [record(None, "failed")], "x": [record(2.0)]}
+    told = sorted(module.differences(calm, {**killed, "timed": calm["timed"]}))
+    assert [line.split()[0] for line in told] == ["a", "b", "c", "d", "x"]
