@@ -110,10 +110,15 @@ class ShortConv(nn.Module):
 
 
 def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None) -> tuple[Tensor, Tensor]:
-    """ShortConv's computation: weight [C, 1, W], bias [C] or None, x, tail and results as there."""
+    """ShortConv's computation: weight [C, 1, W], bias [C] or None, x, tail and results as there.
+
+    y has the dtype that products with x have here, the new tail x's. On a GPU with Triton one pass reads x where it
+    lies, as part of a wider row too, and sums in float32 with the filters as they are, under autocast too.
+    """
     length, past = x.shape[1], weight.shape[2] - 1
+    kernel = x.is_cuda and x.dtype != torch.float64 and installed("triton")
     if tail is not None and length == 1:
-        if x.is_cuda and x.dtype != torch.float64 and not torch.is_grad_enabled() and installed("triton"):
+        if kernel and not torch.is_grad_enabled():
             from e88.ops.triton.conv import conv_step
 
             y, new_tail = conv_step(x.squeeze(1), weight, bias, tail)
@@ -122,20 +127,33 @@ def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | No
         y = (window * weight.squeeze(1)).sum(2)
         y = y if bias is None else y + bias
         return y.unsqueeze(1).to(x.dtype), window[:, :, 1:].contiguous()
+    tail = None if tail is None else tail.to(x.dtype)
+    if kernel:
+        from e88.ops.triton.conv import causal_conv
+
+        dtype = compute_dtype(x)
+        y = causal_conv(x.to(dtype), weight, bias, None if tail is None else tail.to(dtype))
+    else:
+        y = _library_conv(x, weight, bias, tail)
+    new_tail = x[:, -past:].transpose(1, 2)
+    missing = past - new_tail.shape[2]
+    if missing > 0:
+        new_tail = F.pad(new_tail, (missing, 0)) if tail is None else torch.cat([tail[:, :, -missing:], new_tail], 2)
+    return y, new_tail.contiguous()
+
+
+def _library_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None) -> Tensor:
+    length = x.shape[1]
     if tail is not None:
-        x = torch.cat([tail.transpose(1, 2).to(x.dtype), x], dim=1)
+        x = torch.cat([tail.transpose(1, 2), x], dim=1)
     # Time as the width of a channels-last image: the CPU convolution for that layout takes no copy and is
     # three times as fast, forward and backward, as conv1d on [B, C, T].
     image = x.transpose(1, 2).unsqueeze(2)
-    padding = (0, past) if tail is None else 0
+    padding = (0, weight.shape[2] - 1) if tail is None else 0
     y = F.conv2d(image, weight.unsqueeze(2), padding=padding, groups=weight.shape[0])
     y = y.squeeze(2).transpose(1, 2)[:, :length]
     # Not the convolution's own bias, whose gradient is several times as slow on a CPU.
-    y = y if bias is None else y + bias.to(y.dtype)
-    new_tail = x[:, -past:].transpose(1, 2)
-    if new_tail.shape[2] < past:
-        new_tail = F.pad(new_tail, (past - new_tail.shape[2], 0))
-    return y, new_tail.contiguous()
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 def exempt_from_decay(*parameters: nn.Parameter) -> None:
