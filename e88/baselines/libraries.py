@@ -185,9 +185,10 @@ def cudnn_missing() -> str | None:
         return "there is no GPU that torch can use"
     if torch.version.hip is not None or torch.cuda.get_device_capability() < (9, 0):
         return "it is the faster one on NVIDIA GPUs of capability 9.0 or newer only"
-    x = torch.randn(1, 1, 96, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     try:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        # Asked for while generating, too, where no gradient is kept.
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), torch.inference_mode(False), torch.enable_grad():
+            x = torch.randn(1, 1, 96, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
             torch.autograd.grad(F.scaled_dot_product_attention(x, x, x, is_causal=True).sum(), x)
     except RuntimeError as error:
         return f"a first try fails ({str(error).splitlines()[0]})"
