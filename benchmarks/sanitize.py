@@ -4,10 +4,11 @@
 
 memcheck finds accesses outside of a tensor, racecheck races in shared memory. Each backend is run under each tool in a
 process of its own, at small shapes: several widths of state, K different from V, a last segment cut short, packed
-sequences of which one is empty, with and without a write gate and a given state, in bf16 and float32; and, of the
-backend `cuda`, the kernels that take raw projections and those that decode. Results are compared with float64 on the
-way. First a call whose sequences end past the last token, which memcheck must find: it shows that the kernels are
-looked at. The exit code is 1 where anything else is found. Needs `compute-sanitizer` (of the CUDA toolkit) on the path.
+sequences of which one is empty, with and without a write gate and a given state, in bf16 and float32; of the backend
+`cuda`, also the kernels that take raw projections and those that decode; of `triton`, also the short convolution.
+Results are compared with float64 on the way. First a call whose sequences end past the last token, which memcheck must
+find: it shows that the kernels are looked at. The exit code is 1 where anything else is found. Needs
+`compute-sanitizer` (of the CUDA toolkit) on the path.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ import time
 import torch
 from torch import Tensor
 
+from e88.layers.common import short_conv
 from e88.ops import few_rows, fused_tanh_delta_rule, fused_tanh_delta_rule_step, tanh_delta_rule
 from e88.ops.accuracy import TOLERANCE, Shape, draw, relative_errors, worst
 
 SIZES = ((16, 16), (32, 32), (40, 40), (64, 64), (128, 128), (32, 64), (64, 24))
 CASES = [(torch.bfloat16, *size) for size in SIZES] + [(torch.float32, *size) for size in ((32, 32), (64, 24))]
+CONVOLUTIONS = ((torch.bfloat16, 2, 19, 40, 4), (torch.float32, 1, 3, 129, 8), (torch.float16, 1, 1, 128, 2))
 LENGTHS = (3, 0, 17, 1, 8)
 HEADS = 3
 # Instrumenting the kernels under test alone saves most of the time; each backend's have a name in common.
@@ -118,6 +121,24 @@ def run_decoding(device: str = "cuda") -> int:
     return wrong
 
 
+def run_convolution(device: str = "cuda") -> int:
+    """Short convolutions of rows that are the ends of wider ones; the number of those off from float64."""
+    wrong = 0
+    for (dtype, B, T, C, W), more in itertools.product(CONVOLUTIONS, (False, True)):
+        x, dy = (torch.randn(B, T, C + 8, device=device).to(dtype)[..., 8:] for _ in range(2))
+        tail = torch.randn(B, C, W - 1, device=device).to(dtype)
+        given = [x, torch.randn(C, 1, W, device=device), *((torch.randn(C, device=device), tail) if more else ())]
+
+        def outcome(given: list[Tensor], dy: Tensor) -> tuple[Tensor, ...]:
+            leaves = [x.detach().requires_grad_() for x in given]
+            y, _ = short_conv(*leaves, *(() if len(leaves) == 4 else (None, None)))
+            return y.detach(), *torch.autograd.grad(y, leaves, dy)
+
+        actual, expected = outcome(given, dy), outcome([x.cpu().double() for x in given], dy.cpu().double())
+        wrong += report(f"convolution {(B, T, C, W)} {dtype} bias and tail={more}", actual, expected, dtype)
+    return wrong
+
+
 def report(name: str, actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
     pairs = zip(actual, expected, strict=True)
     error = max(float((x.cpu().double() - y).norm() / y.norm()) for x, y in pairs)
@@ -173,7 +194,8 @@ def main() -> int:
         run_past_the_end(arguments.inside)
         return 0
     if arguments.inside:
-        wrong = run_shapes(arguments.inside) + (run_fused() + run_decoding() if arguments.inside == "cuda" else 0)
+        rest = (run_fused, run_decoding) if arguments.inside == "cuda" else (run_convolution,)
+        wrong = run_shapes(arguments.inside) + sum(run() for run in rest)
         return 1 if wrong else 0
     if shutil.which("compute-sanitizer") is None:
         parser.error("compute-sanitizer is not on the path; install the CUDA toolkit")
