@@ -23,7 +23,7 @@ from e88.layers.common import short_conv
 triton = pytest.importorskip("triton")
 
 from e88.ops.triton import conv as kernels  # noqa: E402
-from e88.ops.triton.conv import RUN, SHORT_RUN, _backward, _forward, causal_conv, conv_step  # noqa: E402
+from e88.ops.triton.conv import RUN, SHORT_RUN, causal_conv, conv_step  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -128,15 +128,6 @@ def test_transposed_operands() -> None:
     expected = gradients(causal_conv(*inputs.values(), None, None), inputs, dy)
     got = gradients(causal_conv(lying, inputs["weight"], None, None), {"x": lying, "weight": inputs["weight"]}, other)
     assert all(torch.equal(got[name], expected[name]) for name in expected)
-
-
-@on_device
-def test_the_operators_registrations() -> None:
-    inputs, dy = operands(2, 5, 3, 4, bias=True, tail=True)
-    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(_forward, tuple(inputs.values()), test_utils=tests)
-    x, weight, _, tail = (t.detach() for t in inputs.values())
-    torch.library.opcheck(_backward, (dy, x, weight, True, tail), test_utils=tests[:2])
 
 
 @on_device
