@@ -48,7 +48,7 @@ def test_compiles_for_every_generation(kernel: str, arch: str, K: int, V: int, d
 @pytest.mark.parametrize(("K", "V"), [(128, 16), (8, 120), (16, 8)])
 def test_compiles_however_unequal_the_sides(K: int, V: int, fused: bool, kernel: str) -> None:
     plan = make_plan(K, V, torch.bfloat16, True, True, HEADS, edges=Edges(fused=fused))
-    assert _usage(kernel, plan, "sm_90").spilled_bytes <= 32
+    assert _usage(kernel, plan, "sm_90").spilled_bytes <= 64
 
 
 @linux

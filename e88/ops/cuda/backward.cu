@@ -36,7 +36,7 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
              float* __restrict__ dvectors, int q_step, int k_step, int v_step, int scalar_step, int gate_step,
              int row_step, int dv_step, int dscalar_step, int tokens, int T, int H) {
   extern __shared__ __align__(256) char tiles[];
-  Step* const sm = (Step*)(tiles + (SEGMENT + 2) * TILE_BYTES);
+  Step* const sm = (Step*)(tiles + (SEGMENT + 1) * TILE_BYTES);
   const u32 tid = threadIdx.x;
   const int lane = tid & 31, group = lane >> 2, t = lane & 3, warp = tid >> 5;
   const int column = 16 * warp + group;
@@ -80,57 +80,48 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
   if (tid < SEGMENT) sm[tid].dA_log = sm[tid].ddt_bias = 0;
 #endif
 
-  u32 address = (u32)__cvta_generic_to_shared(tiles) + transposed_offset(16 * warp, lane, false);
-  u32 half_address = (u32)__cvta_generic_to_shared(tiles) + transposed_offset(16 * warp, lane, true);
-  const ColumnPlace places[2] = {column_place(column, t), column_place(column + 8, t)};
-
-  // Products over columns have two right-hand sides: lanes of t = 0 and t = 2 receive dq, of t = 1 and t = 3 dk, each
-  // for every other row tile, from the B columns of groups 0 and 4, 2 and 6.
+  // Products over columns have two right-hand sides: lanes of t = 0 and t = 2 receive dq, of t = 1 and t = 3 dk, from the
+  // B columns of groups 0 and 4, 2 and 6. Of the rows that they receive twice over each keeps half.
   const bool odd = t & 1, upper = t & 2;
-  int source = 4 * t + (group >> 1 & 1);
+  int source = 8 * t + (group >> 1 & 1);
+  u32 unit_word = word_of_unit(lane);
   u32 only_dk = group & 2 ? ALL : 0, only_change = t == 0 ? ALL : 0, only_output = t == 1 ? ALL : 0;
-  int at_group = warp * 32 + group * 4, at_t = warp * 32 + t * 4, at_rows = (odd * 8 + group) * (4 * SPREAD);
-  int at_warp = warp * (int)sizeof(Scalars);
-  int at_keys = warp * (16 * PITCH) + (odd * K + 16 * upper + group) * 4, at_dot = warp * (16 * PITCH) + lane * 4;
-  opaque(address), opaque(source), opaque(only_dk), opaque(only_change), opaque(only_output);
-  opaque(at_group), opaque(at_rows), opaque(at_warp), opaque(at_keys), opaque(at_dot);
+  int at_group = warp * 32 + group * 4, at_pair = warp * 32 + t * 8, at_rows = (odd * 8 + group) * (4 * SPREAD);
+  int at_own = own_place(warp, lane), at_warp = warp * (int)sizeof(Scalars), at_dot = warp * WARP_BYTES + lane * 4;
+  int at_keys = warp * WARP_BYTES + odd * (int)sizeof(Sums::keys) / 2 + (row_of(0, group / 2) + group % 2 + 2 * upper) * 4;
+  opaque(unit_word), opaque(source), opaque(only_dk), opaque(only_change), opaque(only_output);
+  opaque(at_group), opaque(at_pair), opaque(at_rows), opaque(at_own), opaque(at_warp), opaque(at_keys), opaque(at_dot);
   // -dP_{s+1} e_{s+1} of the step after; dy_s and du_{s+1} as B operands; the units of dq_s and -dk_{s+1}.
   float products[ROW_TILES][4] = {}, result_unit = 0;
   u32 operand[2] = {0, 0};
   auto prepare_keys = [&](u32 dy, u32 du, float dy_unit, float du_unit) {
-    const u32 x = odd ? du : dy;
-    operand[0] = __shfl_sync(ALL, x, source), operand[1] = __shfl_sync(ALL, x, source + 16);
+    const u32 x = odd ? du : dy, even = __shfl_sync(ALL, x, source), next = __shfl_sync(ALL, x, source + 4);
+    operand[0] = __byte_perm(even, next, 0x5410), operand[1] = __byte_perm(even, next, 0x7632);
     result_unit = odd ? du_unit : dy_unit;
   };
 
   // dq of step s and dk of step s + 1: S_{s+1} times dy_s and times du_{s+1}, and -dP_{s+1} e_{s+1}.
-  auto finish_keys = [&](int s) {
-    dot_columns(products, address + (s + 1) * TILE_BYTES, half_address + (s + 1) * TILE_BYTES, operand[0],
-                operand[1]);
+  u32 state[2][WORDS];
+  auto finish_keys = [&](int s, const UnitMatrix& unit) {
+    dot_columns(products, state, unit, operand[0], operand[1]);
     float* out = &moved(sums(tiles, s + 1, 0).keys[0][0], at_keys);
 #pragma unroll
-    for (int x = 0; x < OUTPUTS; x++)
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        const int u = 2 * x, w = 2 * x + 1 < ROW_TILES ? 2 * x + 1 : 2 * x;
-        const float value = (upper ? products[w][2 * h] : products[u][2 * h]) * result_unit;
-        if (K % 32 == 0 || 32 * x + 16 * upper + 8 * h < K) out[32 * x + 8 * h] = value;
-      }
+    for (int u = 0; u < ROW_TILES; u++)
+      if (4 * u + 2 < ROWS || !upper)
+        out[rows_apart(u, group)] = (upper ? products[u][2] : products[u][0]) * result_unit;
   };
 
   // What the next segment needs is loaded while this one is written out. Keys go to the first warps, columns to the last.
   const int segments = (length + SEGMENT - 1) / SEGMENT;
   uint4 next_key[KEY_TASKS], next_query[KEY_TASKS];
   Columns next_e[VALUE_TASKS], next_dy[VALUE_TASKS], next_gate[VALUE_TASKS], next_y[VALUE_TASKS];
-  u32 state[2][ROWS / 2];
   float next_decay = 0, next_beta = 0;
   auto fetch_state = [&](int segment) {
-    const u16* from = checkpoints + ((i64)(begin / SEGMENT + sequence + segment) * H + head) * (K * V) + first * K;
+    const u16* from = checkpoints + ((i64)(begin / SEGMENT + sequence + segment) * H + head) * (K * V);
+    from += (first + column) * K;
 #pragma unroll
-    for (int c = 0; c < 2; c++) {
-      const int j = column + 8 * c;
-      restore_column(state[c], from + j * K, t, V % COLS == 0 || first + j < V);
-    }
+    for (int c = 0; c < 2; c++)
+      restore_column(state[c], from + 8 * c * K, t, V % COLS == 0 || first + column + 8 * c < V);
   };
   auto fetch = [&](int segment) {
     u32 tid = threadIdx.x;
@@ -141,8 +132,9 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
       const u32 x = tid + n * THREADS;
       const int s = x / ROW_LANES, i = x % ROW_LANES * 8;
       const bool inside = x < SEGMENT * ROW_LANES && i < K && s < steps;
-      next_key[n] = load_8(k + (i64)(begin + s0 + s) * k_step + at_key + i, inside);
-      next_query[n] = load_8(q + (i64)(begin + s0 + s - 1) * q_step + at_key + i, inside && s0 + s > 0);
+      const u32 token = begin + s0 + s;
+      next_key[n] = load_8(k + product(token, k_step) + (at_key + i), inside);
+      next_query[n] = load_8(q - q_step + product(token, q_step) + (at_key + i), inside && s0 + s > 0);
     }
 #pragma unroll
     for (int n = 0; n < VALUE_TASKS; n++) {
@@ -150,8 +142,8 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
       const int s = x / WARPS, j = x % WARPS * 16;
       const bool low = V % COLS == 0 || first + j < V, high = V % COLS == 0 || first + j + 8 < V;
       const bool here = s < steps, before = s <= steps && s0 + s > 0;
-      const u16* e_at = e + (i64)(begin + s0 + s) * (H * V) + at_column + j;
-      const u16* dy_at = dy + (i64)(begin + s0 + s - 1) * (H * V) + at_column + j;
+      const i64 at = product(begin + s0 + s, H * V) + (at_column + j);
+      const u16 *e_at = e + at, *dy_at = dy - H * V + at;
       next_e[n] = {load_8(e_at, low && here), load_8(e_at + 8, high && here)};
       next_dy[n] = {load_8(dy_at, low && before), load_8(dy_at + 8, high && before)};
       if (GATE) {
@@ -206,68 +198,72 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
       store_words(sm[s].dy[j], next_dy[n]);
     }
     if (tid < SEGMENT) {
-      const Decay decay(A_log, dt_bias, head);
-      const float log_decay = decay.log(next_decay);
-      sm[tid].decay = expf(log_decay), sm[tid].beta = write_gate(next_beta);
+      const Decay rule(A_log, dt_bias, head);
+      const float log_decay = rule.log(next_decay);
+      const float decay = expf(log_decay);
+      sm[tid].decay = decay, sm[tid].loss = pack_fp16(decay - 1, decay - 1), sm[tid].beta = write_gate(next_beta);
 #if FUSED
-      sm[tid].log_decay = log_decay, sm[tid].slope = decay.slope(next_decay);
+      sm[tid].log_decay = log_decay, sm[tid].slope = rule.slope(next_decay);
 #endif
     }
-    float S[2][ROWS];
-#pragma unroll
-    for (int c = 0; c < 2; c++) {
-      store_column(tiles, places[c], state[c]);
-      unpack_rows(S[c], state[c]);
+    // The state after a segment is the one before the next; only after the last it takes the whole replay.
+    const bool is_last = segment == segments - 1;
+    if (!is_last) {
+      u32 after[2][WORDS];
+      load_state(after, tiles + at_own, lane);
+      store_state(tiles + SEGMENT * TILE_BYTES + at_own, lane, after);
     }
+    store_state(tiles + at_own, lane, state);
     __syncthreads();
 
     float whole;
     const bool fading = choose_units(G, inverse, whole, sm, warp, lane, steps);
-    replay(S, sm, tiles, places, steps, group, at_group, only_change);
+    replay(state, sm, tiles + at_own, lane, is_last ? steps : SEGMENT - 1, at_group, only_change, unit_word);
 
-#pragma unroll
-    for (int c = 0; c < 2; c++) load_column(state[c], tiles + steps * TILE_BYTES, places[c]);
-    if (segment == segments - 1) prepare_keys(sm[steps].dy[warp][group], 0, sm[steps].scalars[warp].dy_unit, 0);
+    load_state(state, tiles + steps * TILE_BYTES + at_own, lane);
+    const UnitMatrix unit = unit_matrix(unit_word, lane);
+    if (is_last) prepare_keys(sm[steps].dy[warp][group], 0, sm[steps].scalars[warp].dy_unit, 0);
     // Here G is the gradient of S_{s+1} and `state` is S_{s+1}.
 #pragma unroll WALK_UNROLL
     for (int s = SEGMENT - 1; s >= 0; s--) {
       // Counted from a constant, so that the counter is the same for the whole warp as far as the compiler can see.
       if (s >= steps) continue;
       Step& step = sm[s];
-      char* tile = tiles + (s + 1) * TILE_BYTES;
       const Scalars scalars = moved(step.scalars[0], at_warp);
-      const u32* e = &moved(step.e[0][0], at_t);
-      const u32 e0 = e[0] & only_dk ^ only_dk & MINUS, e1 = e[4] & only_dk ^ only_dk & MINUS;
+      const u32* e = &moved(step.e[0][0], at_pair);
+      const u32 e0 = __byte_perm(e[0], e[1], 0x5410) & only_dk ^ only_dk & MINUS;
+      const u32 e1 = __byte_perm(e[0], e[1], 0x7632) & only_dk ^ only_dk & MINUS;
       const u32 output = moved(step.dy[0][0], at_group);
       const u32 own_e = BETA ? moved(step.e[0][0], at_group) : 0;
-      u32 row[SPLIT], rows[SPREAD], packed[2][ROWS / 2];
+      u32 row[SPLIT], rows[SPREAD], packed[2][WORDS];
       float du[2];
       load_split(row, step.k, t, group & 1);
 #pragma unroll
       for (int c = 0; c < 2; c++) {
 #pragma unroll
-        for (int n = 0; n < ROWS / 2; n++) {
-          float low, high;
-          unpack_fp16(multiply_halves(state[c][n], state[c][n]), low, high);
-          G[c][2 * n] -= G[c][2 * n] * low;
-          G[c][2 * n + 1] -= G[c][2 * n + 1] * high;
+        for (int n = 0; n < WORDS; n += 2) {
+          // Times the unit matrix, squares of halves become floats.
+          float square[4] = {};
+          mma_k8(square, multiply_halves(state[c][n], state[c][n]),
+                 n + 1 < WORDS ? multiply_halves(state[c][n + 1], state[c][n + 1]) : 0, unit_word);
+#pragma unroll
+          for (int i = 0; i < 4 && 2 * n + i < ROWS; i++) G[c][2 * n + i] -= G[c][2 * n + i] * square[i];
           packed[c][n] = pack_fp16_finite(G[c][2 * n], G[c][2 * n + 1]);
+          if (n + 1 < WORDS) packed[c][n + 1] = pack_fp16_finite(G[c][2 * n + 2], G[c][2 * n + 3]);
         }
         du[c] = dot_split(packed[c], row);
       }
-      finish_keys(s);
+      // The sums take the place of this state, which all lanes have read.
       __syncwarp();
+      finish_keys(s, unit);
+      load_state(state, tiles + s * TILE_BYTES + at_own, lane);
       u32 dot[2] = {0, 0};
 #pragma unroll
-      for (int c = 0; c < 2; c++) {
-        store_column(tile, places[c], packed[c]);
-        load_column(state[c], tile - TILE_BYTES, places[c]);
+      for (int c = 0; c < 2; c++)
 #pragma unroll
-        for (int n = 0; n < ROWS / 2; n++) dot[c] = multiply_add_halves(packed[c][n], state[c][n], dot[c]);
-      }
-      __syncwarp();
+        for (int n = 0; n < WORDS; n++) dot[c] = multiply_add_halves(packed[c][n], state[c][n], dot[c]);
       clear(products);
-      dot_columns(products, address + (s + 1) * TILE_BYTES, half_address + (s + 1) * TILE_BYTES, e0, e1);
+      dot_columns(products, packed, unit, e0, e1);
 
       const float du_unit = BETA ? scalars.unit * step.beta : scalars.unit;
       prepare_keys(output, pack_fp16_finite(du[0], du[1]), scalars.dy_unit, du_unit);
@@ -288,13 +284,17 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
         }
       }
     }
-    if (segment == 0) finish_keys(-1);
+    __syncwarp();
+    if (segment == 0) finish_keys(-1, unit);
+    // Half of each product is nobody's, and need not be kept.
+#pragma unroll
+    for (int u = 0; u < ROW_TILES; u++) products[u][1] = products[u][3] = 0;
     inverse *= whole;
     u32 tid = threadIdx.x;
     opaque(tid);
     // Where a lane of line p writes: row s of dk or, one token earlier, of dq.
     auto line_row = [&](u32 p, int& s, int& is_key, int& i) {
-      s = p / LINE % SEGMENT + 1, is_key = p / LINE / SEGMENT, i = p % LINE * 8;
+      s = p / LINE % SEGMENT + 1, is_key = p >= LINE * SEGMENT, i = p % LINE * 8;
       return p < LINES && i < K && s <= steps && (!is_key || s0 + s < length);
     };
     uint4 raw_row[LINE_TASKS], raw_first, raw_values[PIECE_TASKS];
@@ -340,7 +340,8 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
     for (int n = 0; n < LINE_TASKS; n++) {
       int s, is_key, i;
       const bool inside = line_row(tid + n * THREADS, s, is_key, i);
-      if (LINES % THREADS == 0 || tid + n * THREADS < LINES) store_row(s, is_key, i, inside, raw_row[n]);
+      // Whole warps, since lanes of a row add up.
+      if (LINES % THREADS == 0 || (tid + n * THREADS & ~31) < LINES) store_row(s, is_key, i, inside, raw_row[n]);
     }
     if (segment == 0 && tid < 32) store_row(0, 1, tid % LINE * 8, tid < LINE && tid % LINE * 8 < K, raw_first);
 #pragma unroll

@@ -15,32 +15,31 @@ struct Step {
   // Columns as fp16: dy_{s-1}, scaled, and e_s, whose place dv_s takes once the step is walked back.
   u32 dy[WARPS][8], e[WARPS][8];
   Scalars scalars[WARPS];
-  // exp(g_s), beta_s, the unit of q_{s-1}.
-  float decay, beta, q_unit, unused;
+  // exp(g_s), beta_s, the unit of q_{s-1}; exp(g_s) - 1 as two equal halves.
+  float decay, beta, q_unit;
+  u32 loss;
 #if FUSED
   // g_s, its derivative by a, and this step's shares of the gradients of A_log and dt_bias so far.
   float log_decay, slope, dA_log, ddt_bias;
 #endif
 };
-// What a warp leaves with step s, in the tile of step s + 1, whose place is free by then: its columns' part of dq_{s-1}
-// and dk_s, of dg_{s-1} / d_{s-1} in the unit of G, as sums of two halves, and of dbeta_{s-1}.
+// What a warp leaves with step s, in the tile of the state before it, whose place is free by then: its columns' part of
+// dq_{s-1} and dk_s, of dg_{s-1} / d_{s-1} in the unit of G, as sums of two halves, and of dbeta_{s-1}.
 struct Sums {
-  float keys[2][K];
+  // Lanes that write dq and dk together meet different banks.
+  float keys[2][K % 32 ? K : K + 4];
   u32 dot[32];
   float dot_beta[8];
 };
-DEVICE Sums& sums(char* tiles, int s, int warp) {
-  return *(Sums*)(tiles + (s + 1) * TILE_BYTES + warp * (16 * PITCH));
-}
-static_assert(TILES == 1 && sizeof(Sums) <= 16 * PITCH, "Sums stand in a warp's part of a tile");
+DEVICE Sums& sums(char* tiles, int s, int warp) { return *(Sums*)(tiles + s * TILE_BYTES + warp * WARP_BYTES); }
+static_assert(TILES == 1 && sizeof(Sums) <= WARP_BYTES, "Sums stand in a warp's part of a tile");
 // The host computes the same sum to launch and to choose sizes.
-static_assert(sizeof(Step) * (SEGMENT + 1) + (SEGMENT + 2) * TILE_BYTES == SHARED, "plan.py disagrees");
+static_assert(sizeof(Step) * (SEGMENT + 1) + (SEGMENT + 1) * TILE_BYTES == SHARED, "plan.py disagrees");
 constexpr int KEY_TASKS = (SEGMENT * ROW_LANES + THREADS - 1) / THREADS;
 constexpr int VALUE_TASKS = ((SEGMENT + 1) * WARPS + THREADS - 1) / THREADS;
 // Whether registers allow the next state to be loaded early too.
 constexpr bool EARLY = K <= 64;
 constexpr int REPLAY_UNROLL = REPLAY, WALK_UNROLL = WALK;
-constexpr int OUTPUTS = (ROW_TILES + 1) / 2;
 constexpr u32 MINUS = 0x80008000u;
 
 // Where several blocks share a head, each writes float32 parts of dq, dk, dg and dbeta for the host to add; the
@@ -61,7 +60,6 @@ constexpr bool RAW_ROWS = FUSED && SPLITS == 1;
 constexpr int LINE = RAW_ROWS ? ROW_LANES : K / 8, LINES = 2 * SEGMENT * LINE;
 constexpr int LINE_TASKS = (LINES + THREADS - 1) / THREADS;
 constexpr int PIECES = SEGMENT * COLS / 8, PIECE_TASKS = (PIECES + THREADS - 1) / THREADS;
-static_assert(LINE == 1 || !RAW_ROWS || LINES % 32 == 0, "lanes of a row share a warp, all of which takes part");
 
 DEVICE void clear(float (&x)[ROW_TILES][4]) {
 #pragma unroll
@@ -115,36 +113,48 @@ DEVICE bool choose_units(float (&G)[2][ROWS], float& inverse, float& whole, Step
   return fading;
 }
 
-// From the state before a segment, S, to the states in the tiles.
-DEVICE void replay(float (&S)[2][ROWS], Step* sm, char* tiles, const ColumnPlace (&places)[2], int steps, int group,
-                   int at_group, u32 only_change) {
+// From the state before a segment, as fp16, to the states after each of its first `steps` steps, in the tiles. A step adds
+// to the state its fp16 copy times exp(g) - 1, so that rounding is small where little fades, and k e^T.
+DEVICE void replay(u32 (&state)[2][WORDS], Step* sm, char* own, int lane, int steps, int at_group, u32 only_change,
+                   u32 unit) {
+  float S[2][ROWS];
+#pragma unroll
+  for (int c = 0; c < 2; c++) unpack_rows(S[c], state[c]);
   // Operands are loaded a step ahead; a load would wait for the tile's stores otherwise.
-  u32 key[SPREAD], word;
-  float decay;
+  u32 key[SPREAD], word, loss;
   auto load_step = [&](int s) {
     Step& step = sm[s];
 #pragma unroll
-    for (int n = 0; n < SPREAD; n++) key[n] = step.rows[0][group][n];
+    for (int n = 0; n < SPREAD; n++) key[n] = step.rows[0][lane >> 2][n];
     word = moved(step.e[0][0], at_group) & only_change;
     if (BETA) word = scale_halves(word, step.beta);
-    decay = step.decay;
+    loss = multiply_halves(unit, step.loss);
   };
   load_step(0);
 #pragma unroll REPLAY_UNROLL
   for (int s = 0; s < steps; s++) {
-    u32 packed[ROWS / 2];
-    multiply(S, decay);
-    add_outer(S, word, key);
+    const u32 change[2][2] = {{word & 0xffffu, word << 16}, {word >> 16, word & 0xffff0000u}};
+#pragma unroll
+    for (int c = 0; c < 2; c++)
+#pragma unroll
+      for (int n = 0; n < WORDS; n += 2) {
+        float x[4] = {};
+#pragma unroll
+        for (int i = 0; i < 4 && 2 * n + i < ROWS; i++) x[i] = S[c][2 * n + i];
+        mma_k8(x, state[c][n], n + 1 < WORDS ? state[c][n + 1] : 0, loss);
+        mma_k8(x, change[c][0], change[c][1], key[n / 2]);
+#pragma unroll
+        for (int i = 0; i < 4 && 2 * n + i < ROWS; i++) S[c][2 * n + i] = x[i];
+      }
     load_step(s + 1);
 #pragma unroll
     for (int c = 0; c < 2; c++) {
 #pragma unroll
       for (int r = 0; r < ROWS; r++) S[c][r] = fast_tanh(S[c][r]);
-      pack_rows(packed, S[c]);
-      store_column(tiles + (s + 1) * TILE_BYTES, places[c], packed);
+      pack_rows(state[c], S[c]);
     }
+    store_state(own + (s + 1) * TILE_BYTES, lane, state);
   }
-  __syncwarp();
 }
 
 // <dP, S_{s-1}> of step s = base + lane, for the first eight lanes: products with ones, where group g reads step g.

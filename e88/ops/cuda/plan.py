@@ -82,11 +82,10 @@ class Plan:
             step = 2 * self.K + 2 * self.cols + 2 + self.cols + dots
             words = self.segment * step + 2 * self.K + self.cols + (self.segment + 1) * partial
             return 4 * words + (self.segment + 1) * tile
-        pieces = self.K // 8 if self.K in (16, 32, 64, 128) else self.K // 8 | 1
-        tile = -(-self.cols * 16 * pieces // 256) * 256
         warps = threads // 32
+        tile = 32 * warps * self.K + 16
         step = self.K // 2 + 16 * -(-self.K // 16) + 20 * warps + (8 if self.edges.fused else 4)
-        return (self.segment + 1) * 4 * step + (self.segment + 2) * tile
+        return (self.segment + 1) * 4 * step + (self.segment + 1) * tile
 
     def defines(self, backward: bool, save: bool = True) -> dict[str, int]:
         return {
@@ -134,15 +133,16 @@ def make_plan(
         if dtype == torch.float32 or not tanh:
             plan = Plan(K, V, dtype, tanh, beta, min(cols, 32), 1, 4, 4, 1, 1, 1)
         elif K <= 16:
-            plan = Plan(K, V, dtype, tanh, beta, cols, 1, 8, 16, 1, 1, 16 * 16 // cols, 4, 2)
+            plan = Plan(K, V, dtype, tanh, beta, cols, 1, 8, 16, 1, 1, 16 * 16 // cols, 7, 2)
         elif K <= 32:
             segment, chunk, blocks, walk = (16, 32, 4, 4) if heads <= FEW_HEADS else (8, 16, 8, 1)
             blocks = blocks * 32 // max(cols, 32)
-            plan = Plan(K, V, dtype, tanh, beta, cols, 1, segment, chunk, 1, 1, blocks, 4, walk)
+            plan = Plan(K, V, dtype, tanh, beta, cols, 1, segment, chunk, 1, 1, blocks, 7 if segment == 8 else 5, walk)
         elif K <= 64:
-            plan = Plan(K, V, dtype, tanh, beta, cols, 1, 8, 16, 1, 1, 2, 4)
+            plan = Plan(K, V, dtype, tanh, beta, cols, 1, 7, 14, 1, 1, 3 * 64 // cols, 6)
         else:
-            plan = Plan(K, V, dtype, tanh, beta, cols, 1, 4, 8, 1, 1, 2)
+            segment = 5 if cols == 64 else 4
+            plan = Plan(K, V, dtype, tanh, beta, cols, 1, segment, 2 * segment, 1, 1, 2)
         plan = replace(plan, edges=edges)
         if plan.shared_bytes <= limit or plan.cols == 16:
             return plan

@@ -1,20 +1,13 @@
-// 16-bit tiles of the state or its gradient in shared memory, [COLS][K], and products over columns from them.
+// States of a segment in shared memory, and products over columns.
 //
-// A lane writes and reads back the elements it owns, 16 bytes at a time; ldmatrix reads the same bytes as transposed A
-// operands. The 16-byte pieces of a row are permuted so that both are free of bank conflicts for K = 16, 32, 64, 128.
+// A tile is the state after a step, as fp16. A lane only ever reads back what it wrote, so that a tile is the words of
+// lane 0, of lane 1 ..., 16 bytes of each at a time. Products over columns want the state transposed, which tensor cores
+// do: the product of the unit matrix with a B operand has its columns in the lanes where the operand has its rows.
 
-constexpr bool POWER = K == 16 || K == 32 || K == 64 || K == 128;
-constexpr int PITCH = 16 * (POWER ? K / 8 : K / 8 | 1);
-constexpr int TILE_BYTES = (COLS * PITCH + 255) / 256 * 256;
-constexpr int ROW_TILES = (K + 15) / 16;
+// Tiles are 16 bytes more than they need apart, so that what stands at the same place of two steps is in different banks.
+constexpr int WARP_BYTES = 32 * K, TILE_BYTES = WARPS * WARP_BYTES + 16;
+constexpr int WORDS = ROWS / 2, ROW_TILES = (K + 15) / 16;
 
-DEVICE int piece_at(int j, int p) {
-  int swizzle = K == 16   ? j >> 3 & 1
-                : K == 32 ? (j >> 1 & 1) | (j >> 3 & 1) << 1
-                : POWER   ? (j & 1) << 2 | (j >> 1 & 1) | (j >> 3 & 1) << 1
-                          : 0;
-  return j * PITCH + ((p ^ swizzle) << 4);
-}
 // Keeps the compiler from working something out again and again, or before loops for which registers do not suffice.
 DEVICE void opaque(int& x) { asm volatile("" : "+r"(x)); }
 DEVICE void opaque(u32& x) { asm volatile("" : "+r"(x)); }
@@ -23,55 +16,56 @@ DEVICE void opaque(u32& x) { asm volatile("" : "+r"(x)); }
 template <class T>
 DEVICE T& moved(T& x, int bytes) { return *(T*)((char*)&x + bytes); }
 
-// Where a lane's rows of a column stand in a tile: its first 8 of 32, its 4 of a remaining 16, its 2 of a remaining 8.
-struct ColumnPlace { int block, half, quarter; };
-DEVICE ColumnPlace column_place(int j, int t) {
-  ColumnPlace x = {piece_at(j, t), piece_at(j, REST16 / 8 + t / 2) + t % 2 * 8, piece_at(j, REST8 / 8) + t * 4};
-  opaque(x.block);
-  opaque(x.half);
-  opaque(x.quarter);
-  return x;
-}
-DEVICE int block_at(const ColumnPlace& place, int b) { return POWER ? place.block ^ (b << 6) : place.block + (b << 6); }
-DEVICE void store_column(char* tile, const ColumnPlace& place, const u32 (&x)[ROWS / 2]) {
+DEVICE i64 product(u32 a, u32 b) { return (i64)((u64)a * b); }
+
+// `own` is where in a tile a lane's words begin.
+DEVICE int own_place(int warp, int lane) { return warp * WARP_BYTES + lane * 16; }
+DEVICE void store_state(char* own, int lane, const u32 (&x)[2][WORDS]) {
 #pragma unroll
-  for (int b = 0; b < K / 32; b++)
-    *(uint4*)(tile + block_at(place, b)) = make_uint4(x[4 * b], x[4 * b + 1], x[4 * b + 2], x[4 * b + 3]);
-  if constexpr (K % 32 >= 16) *(uint2*)(tile + place.half) = make_uint2(x[K / 32 * 4], x[K / 32 * 4 + 1]);
-  if constexpr (K % 16 == 8) *(u32*)(tile + place.quarter) = x[ROWS / 2 - 1];
+  for (int n = 0; n + 3 < 2 * WORDS; n += 4)
+    *(uint4*)(own + 128 * n) = make_uint4(x[n / WORDS][n % WORDS], x[(n + 1) / WORDS][(n + 1) % WORDS],
+                                          x[(n + 2) / WORDS][(n + 2) % WORDS], x[(n + 3) / WORDS][(n + 3) % WORDS]);
+  if constexpr (K % 16 == 8)
+    *(uint2*)(own + K / 16 * 512 - lane * 8) =
+        make_uint2(x[(2 * WORDS - 2) / WORDS][(2 * WORDS - 2) % WORDS], x[1][WORDS - 1]);
 }
-DEVICE void load_column(u32 (&x)[ROWS / 2], const char* tile, const ColumnPlace& place) {
+DEVICE void load_state(u32 (&x)[2][WORDS], const char* own, int lane) {
 #pragma unroll
-  for (int b = 0; b < K / 32; b++) {
-    uint4 u = *(const uint4*)(tile + block_at(place, b));
-    x[4 * b] = u.x, x[4 * b + 1] = u.y, x[4 * b + 2] = u.z, x[4 * b + 3] = u.w;
+  for (int n = 0; n + 3 < 2 * WORDS; n += 4) {
+    const uint4 u = *(const uint4*)(own + 128 * n);
+    x[n / WORDS][n % WORDS] = u.x, x[(n + 1) / WORDS][(n + 1) % WORDS] = u.y;
+    x[(n + 2) / WORDS][(n + 2) % WORDS] = u.z, x[(n + 3) / WORDS][(n + 3) % WORDS] = u.w;
   }
-  if constexpr (K % 32 >= 16) {
-    uint2 u = *(const uint2*)(tile + place.half);
-    x[K / 32 * 4] = u.x, x[K / 32 * 4 + 1] = u.y;
+  if constexpr (K % 16 == 8) {
+    const uint2 u = *(const uint2*)(own + K / 16 * 512 - lane * 8);
+    x[(2 * WORDS - 2) / WORDS][(2 * WORDS - 2) % WORDS] = u.x, x[1][WORDS - 1] = u.y;
   }
-  if constexpr (K % 16 == 8) x[ROWS / 2 - 1] = *(const u32*)(tile + place.quarter);
 }
 
-// What a lane passes to ldmatrix for row tile 0 of the 16 columns from j0, as an offset in the tile. Index n of the
-// product is column n / 2 + n % 2 * 8 for n < 8 and 4 more for the rest, so that the word of columns (g, g + 8) is what
-// lanes of t = g % 4 want as B. A last half row tile takes ldmatrix.x2, for which lanes 0 to 15 count.
-DEVICE int transposed_offset(int j0, int lane, bool half) {
-  int matrix = lane >> 3, row = lane & 7, set = half ? matrix & 1 : matrix >> 1;
-  return piece_at(j0 + (row >> 1) + 8 * (row & 1) + 4 * set, half ? 0 : matrix & 1);
+// The unit matrix of 16 by 16 as an A operand, from a lane's word of that of 8 by 8. Its words come out of shuffles so
+// that the compiler, not knowing that two are zero and two the same, keeps four registers, rather than fill them for
+// every product.
+struct UnitMatrix { u32 a[4]; };
+DEVICE u32 word_of_unit(int lane) { return lane % 4 != lane / 8 ? 0 : lane & 4 ? 0x3c000000u : 0x3c00u; }
+DEVICE UnitMatrix unit_matrix(u32 word, int lane) {
+  return {{word, __shfl_sync(ALL, word, 1), __shfl_sync(ALL, word, 2), __shfl_sync(ALL, word, lane)}};
 }
-// c[u] += rows 16 u to 16 u + 15 of the tile times a vector over its 16 columns, or two: B column n is x of lane group n.
-DEVICE void dot_columns(float (&c)[ROW_TILES][4], u32 address, u32 half_address, u32 b0, u32 b1) {
+// How far the first row of c[u] below is from that of c[0].
+DEVICE int rows_apart(int u, int group) {
+  return 4 * u < K / 32 * 8 ? row_of(4 * u, 0) : row_of(4 * u, group / 2) - row_of(0, group / 2);
+}
+// c[u] += rows of the state times a vector over the warp's 16 columns, or two: B column n is the vector of lane group n.
+// Rows g and g + 8 of c[u] are row_of(4 * u + g % 2, g / 2) and row_of(4 * u + 2 + g % 2, g / 2).
+DEVICE void dot_columns(float (&c)[ROW_TILES][4], const u32 (&x)[2][WORDS], const UnitMatrix& unit, u32 b0, u32 b1) {
 #pragma unroll
   for (int u = 0; u < ROW_TILES; u++) {
-    u32 a[4] = {0, 0, 0, 0};
-    if (16 * u + 8 < K)
-      asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                   : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-                   : "r"(POWER ? address ^ (u << 5) : address + (u << 5)) : "memory");
-    else
-      asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
-                   : "=r"(a[0]), "=r"(a[2]) : "r"(half_address + (u << 5)) : "memory");
+    u32 a[4];
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+      asm("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%0,%1}, {%2,%3,%4,%5}, {%6,%7}, {%8,%8};"
+          : "=r"(a[2 * h]), "=r"(a[2 * h + 1])
+          : "r"(unit.a[0]), "r"(unit.a[1]), "r"(unit.a[2]), "r"(unit.a[3]), "r"(x[h][2 * u]),
+            "r"(2 * u + 1 < WORDS ? x[h][2 * u + 1] : 0), "r"(0));
     mma_16bit(c[u], a, b0, b1);
   }
 }
