@@ -40,7 +40,10 @@ class _ScaleRows(torch.autograd.Function):
         ctx.save_for_backward(x, weight, scale)
         ctx.count = count
         y = x * scale
-        return y if weight is None else y.mul_(weight)
+        if weight is None:
+            return y
+        # For a result changed in place torch 2.11 compiles a backward pass of zeros.
+        return y * weight if torch.compiler.is_compiling() else y.mul_(weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -52,6 +52,19 @@ def test_neighbours_become_one_matrix_without_a_copy():
     assert [r for _, r in _merged([a, b.clone(), c], [24, 8, 8])] == [[24], [8], [8]]
 
 
+def test_compiles_as_one_graph():
+    x, weights = problem()
+
+    def loss(x, *weights):
+        return sum((i + 1) * y.square().sum() for i, y in enumerate(_JointLinear.apply(x, *weights)))
+
+    torch.compiler.reset()
+    graph = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    got, want = (torch.autograd.grad(f(x, *weights), [x, *weights]) for f in (graph, loss))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.gpu
 def test_under_autocast_weights_get_gradients_in_their_own_dtype():
     x, weights = problem(torch.float32, "cuda", (64, 8, 3))

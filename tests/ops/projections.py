@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from e88.ops import fused_tanh_delta_rule
+from e88.ops import fused_tanh_delta_rule, reference
+from e88.ops.edges import composed
 
 FLOATING = ("qkv", "a", "A_log", "dt_bias", "b", "gate", "initial_state")
 
@@ -66,6 +67,25 @@ class Projections:
 
     def results(self, backend: str) -> dict[str, Tensor]:
         return self.results_of(lambda x: x.run(backend))
+
+    def results_rounded(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """As `results` of the reference, but q, k and v, and the gradient of y before its gate, pass through `dtype`.
+
+        So do they on every path in that dtype; the gradients of the decay in particular lose twice what a kernel's own
+        arithmetic costs them.
+        """
+
+        def run(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+            y, state = reference.run(*(x + (x.to(dtype) - x).detach() for x in (q, k, v)), *rest)
+            if y.requires_grad:
+                y.register_hook(lambda dy: dy.to(dtype).to(dy.dtype))
+            return y, state
+
+        def function(x: Projections) -> tuple[Tensor, Tensor]:
+            given = (x.qkv, x.a, x.A_log, x.dt_bias, x.b, x.gate, x.initial_state, x.cu_seqlens)
+            return composed(run, *given, x.activation, x.sizes)
+
+        return self.results_of(function)
 
     def results_of(self, function: Callable[[Projections], tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         """Output, final state and the gradient of every floating tensor."""

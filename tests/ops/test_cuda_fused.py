@@ -16,7 +16,7 @@ from e88.ops import fused_tanh_delta_rule, record_backends
 from e88.ops.cuda import compile as kernels
 from e88.ops.cuda.plan import Edges, make_plan
 
-TOLERANCE = 6e-3
+TOLERANCE = 4e-3
 linux = pytest.mark.skipif(sys.platform != "linux", reason="NVRTC and Triton are on Linux")
 
 
@@ -39,7 +39,8 @@ def test_the_kernel_that_adds_parts_compiles(K: int, V: int) -> None:
 
 
 def _check(x: Projections, dtype: torch.dtype = torch.bfloat16, wide: tuple[str, ...] = ()) -> None:
-    """Projections rounded to `dtype`, except those in `wide`, against the definition in float64 on the same numbers."""
+    """Projections rounded to `dtype`, except those in `wide`, against the definition in float64 on the same numbers,
+    with q, k and v rounded as the kernels round them."""
     rounded = x.to(dtype).to(torch.float32)
     given = {name: getattr(x, name) for name in ("A_log", "dt_bias", "initial_state", "d_final", *wide)}
     exact = rounded.replace(**{name: None if v is None else v.float() for name, v in given.items()}).to("cuda")
@@ -52,15 +53,16 @@ def _check(x: Projections, dtype: torch.dtype = torch.bfloat16, wide: tuple[str,
         actual = low.results("auto")
     assert used == {"cuda"}
     exact = exact.to(torch.float64)
-    expected = exact.results("reference")
+    expected = exact.results_rounded(dtype)
     if exact.dt_bias is not None:
-        # Sums over tokens, which may cancel: their errors are held against the sum or, where that is larger, its terms.
-        z = exact.a + exact.dt_bias
-        shares = {"d_dt_bias": expected["d_a"], "d_A_log": expected["d_a"] * F.softplus(z) / z.sigmoid()}
-        for name, share in shares.items():
-            total = expected.pop(name)
-            error = (actual.pop(name) - total).norm() / max(total.norm(), share.norm())
-            assert not share.any() or error <= TOLERANCE, f"{name}: error {error:.2e}"
+        # Sums over tokens may cancel, so that no share of them bounds their errors. But each is the sum of its terms to
+        # these' own rounding, and the terms are compared with float64.
+        z, d_a = exact.a + exact.dt_bias, actual["d_a"].double()
+        rounding = torch.finfo(actual["d_a"].dtype).eps / 2 + 1e-6
+        for name, terms in (("d_dt_bias", d_a), ("d_A_log", d_a * F.softplus(z) / z.sigmoid())):
+            off = (actual.pop(name).double() - terms.sum((0, 1))).abs() / terms.abs().sum((0, 1)).clamp_min(1e-30)
+            assert (off <= rounding).all(), f"{name}: off by {off.max():.1e} of its terms"
+            del expected[name]
     assert_close(actual, expected, TOLERANCE)
 
 

@@ -25,7 +25,7 @@ from e88.ops import available_backends, tanh_delta_rule
 triton = pytest.importorskip("triton")
 
 from e88.ops.triton import kernels  # noqa: E402
-from e88.ops.triton.recurrence import _backward, _forward, make_plan, run  # noqa: E402
+from e88.ops.triton.recurrence import make_plan, run  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -193,10 +193,11 @@ def test_operators_keep_the_rules_of_torch_library() -> None:
     x = on(DEVICE, operands(H=2, K=5, V=6, lengths=(3, 0), dtype=torch.float32))
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     leaves = [t.requires_grad_() for t in (x.q, x.k, x.v, x.g, x.beta, x.initial_state)]
-    torch.library.opcheck(_forward, (*leaves, x.cu_seqlens, True, True), test_utils=tests)
+    forward, backward = torch.ops.e88.triton_forward.default, torch.ops.e88.triton_backward.default
+    torch.library.opcheck(forward, (*leaves, x.cu_seqlens, True, True), test_utils=tests)
     rest = [t.detach() for t in leaves[:5]]
-    saved = _forward(*rest, None, x.cu_seqlens, True, True)[2]
-    torch.library.opcheck(_backward, (x.dy, None, *rest, x.cu_seqlens, saved, True), test_utils=tests[:2])
+    saved = forward(*rest, None, x.cu_seqlens, True, True)[2]
+    torch.library.opcheck(backward, (x.dy, None, *rest, x.cu_seqlens, saved, True, True), test_utils=tests[:2])
 
 
 @on_gpu

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from functools import cache
+from contextlib import nullcontext
+from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +18,13 @@ from e88.ops.cuda.plan import Edges, Plan, make_plan
 def plan_for(like: Tensor, sequences: int, sizes: tuple[int, int, int], tanh: bool, beta: bool, edges: Edges) -> Plan:
     """The plan for H, K, V and the dtype and device of `like`."""
     H, K, V = sizes
-    return make_plan(K, V, like.dtype, tanh, beta, sequences * H, _shared_bytes(like.device.index or 0), edges)
+    heads = sequences * H
+    # Under the compiler sizes may be symbols, which cannot be looked up.
+    make = _made if type(heads) is type(K) is type(V) is int else make_plan
+    return make(K, V, like.dtype, tanh, beta, heads, _shared_bytes(like.device.index or 0), edges)
+
+
+_made = lru_cache(maxsize=256)(make_plan)
 
 
 @cache
@@ -49,22 +57,35 @@ def launch(
     save: bool,
     device: torch.device,
     grid: tuple[int, int],
-    pointers: Sequence[Tensor | None],
+    pointers: Sequence[Tensor | int | None],
     numbers: Sequence[int | ctypes.c_int64],
 ) -> None:
-    """Launch blocks x threads of "forward", "backward" or "finish" on tensors (None: null) and numbers, in order."""
-    with torch.cuda.device(device):
-        stream = torch.cuda.current_stream(device).cuda_stream
-        addresses = [pointer(x) for x in pointers]
-        rest = [ctypes.c_int(x) if isinstance(x, int) else x for x in numbers]
-        assert device.index is not None
-        _launched[kernel] = _kernel(kernel, device.index, plan, save)
-        _launched[kernel](*grid, stream, [*addresses, *rest])
+    """Launch blocks x threads of "forward", "backward" or "finish" on tensors or addresses, None for null, and numbers,
+    in order."""
+    assert device.index is not None
+    _launched[kernel] = _kernel(kernel, device.index, plan, save)
+    rest = [ctypes.c_int(x) if isinstance(x, int) else x for x in numbers]
+    submit(_launched[kernel], device.index, *grid, [*(pointer(x) for x in pointers), *rest])
 
 
-def pointer(x: Tensor | None) -> ctypes.c_void_p:
-    """A tensor as a kernel's argument; null for None."""
-    return ctypes.c_void_p(None if x is None else x.data_ptr())
+def submit(
+    kernel: Kernel, device: int, blocks: int, threads: int, arguments: list[Any], *, overlap: bool = False
+) -> None:
+    """Launch a kernel on the device's current stream."""
+    # What is behind torch.cuda.current_stream, and no device made current that is so already: half of the host's time.
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    with nullcontext() if torch.cuda.current_device() == device else torch.cuda.device(device):
+        kernel(blocks, threads, stream, arguments, overlap=overlap)
+
+
+def pointer(x: Tensor | int | None) -> ctypes.c_void_p:
+    """A tensor or an address as a kernel's argument; null for None."""
+    return ctypes.c_void_p(x if x is None or isinstance(x, int) else x.data_ptr())
+
+
+def column(x: Tensor, first: int) -> int:
+    """The address of `x` [..., C] from its column `first` on."""
+    return x.data_ptr() + first * x.element_size()
 
 
 def rows(x: Tensor) -> Tensor:
@@ -76,12 +97,13 @@ def rows(x: Tensor) -> Tensor:
 
 def evenly_spaced(x: Tensor) -> bool:
     """Whether consecutive tokens of `x` [B, T, ...] are equally far apart, across rows too, and the rest is packed."""
+    shape, strides = x.shape, x.stride()
     packed = 1
-    for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
-        if size != 1 and stride != packed:
+    for i in range(len(shape) - 1, 1, -1):
+        if strides[i] != packed and shape[i] != 1:
             return False
-        packed *= size
-    return x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+        packed *= shape[i]
+    return shape[0] == 1 or strides[0] == shape[1] * strides[1]
 
 
 def checkpoint_rows(plan: Plan, tokens: int, sequences: int) -> int:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from e88.ops.cuda.compile import Kernel, compile_cubin, overlapping
-from e88.ops.cuda.launch import pointer
+from e88.ops.cuda.launch import pointer, submit
+from e88.ops.differentiable import operator
 
 # With more rows a library's products are faster: every block reads all of x.
 MAX_ROWS = 2
@@ -65,41 +66,37 @@ def _launch(
     pointers = [pointer(t) for t in (x, update, norm, weight, y, stream)]
     arguments: list[Any] = [*pointers, ctypes.c_int(N), ctypes.c_float(eps)]
     blocks = -(-N // ROWS_A_BLOCK)
-    with torch.cuda.device(device):
-        many = blocks > _multiprocessors(device)
-        kernel, threads = _kernel(device, B, D, norm is not None, update is not None, many)
-        current = torch.cuda.current_stream(device).cuda_stream
-        kernel(blocks, threads, current, arguments, overlap=overlapping(device))
+    kernel, threads = _kernel(device, B, D, norm is not None, update is not None, blocks > _multiprocessors(device))
+    submit(kernel, device, blocks, threads, arguments, overlap=overlapping(device))
 
 
-@torch.library.custom_op("e88::few_rows_linear", mutates_args=(), device_types="cuda")
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [B, D] times weight [N, D] transposed, both bf16."""
-    y = x.new_empty(x.shape[0], weight.shape[0])
+    y = _product(x, weight)
     _launch(x.contiguous(), None, None, weight, y, None, 0.0)
     return y
 
 
-@linear.register_fake
-def _linear_fake(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    return weight.new_empty(x.shape[0], weight.shape[0])
 
 
-@torch.library.custom_op("e88::few_rows_norm_linear", mutates_args=(), device_types="cuda")
-def norm_linear(h: Tensor, update: Tensor | None, norm: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _norm_linear(h: Tensor, update: Tensor | None, norm: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """h [B, D] float32, update [B, D] bf16 or None -> (h + update, its root-mean-square norm times weight^T in bf16).
 
     Without an update the first result is empty, since a result may not be an argument.
     """
-    stream, y = _norm_linear_fake(h, update, norm, weight, eps)
+    stream, y = _sum_and_product(h, update, norm, weight, eps)
     update = None if update is None else update.contiguous()
     _launch(h.contiguous(), update, norm, weight, y, None if update is None else stream, eps)
     return stream, y
 
 
-@norm_linear.register_fake
-def _norm_linear_fake(
+def _sum_and_product(
     h: Tensor, update: Tensor | None, norm: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    stream = h.new_empty(0 if update is None else h.shape)
-    return stream, weight.new_empty(h.shape[0], weight.shape[0])
+    return h.new_empty(0 if update is None else h.shape), _product(h, weight)
+
+
+linear = operator("e88::few_rows_linear", _linear, _product, device_types="cuda")
+norm_linear = operator("e88::few_rows_norm_linear", _norm_linear, _sum_and_product, device_types="cuda")

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from e88.ops.cuda.compile import Kernel, compile_cubin, overlapping
-from e88.ops.cuda.launch import pointer
+from e88.ops.cuda.launch import pointer, submit
 from e88.ops.cuda.linear import MAX_ROWS
 from e88.ops.cuda.plan import DTYPES
+from e88.ops.differentiable import operator
 
 # Of one head, in a warp (`step.cu`).
 COLUMNS = 16
@@ -38,12 +39,33 @@ def fused_step(
     qkv, a = _row(qkv), _row(a if a.dtype in DTYPES else a.float())
     b, gate = (None if x is None else _row(x.to(qkv.dtype)) for x in (b, gate))
     A_log, dt_bias = (None if x is None else x.float().contiguous() for x in (A_log, dt_bias))
-    arguments = (qkv, a, A_log, dt_bias, b, gate)
     tanh = activation == "tanh"
+    x = Token(qkv, a, A_log, dt_bias, b, gate, state.float(), H, K, V, tanh)
     if inplace and state.dtype == torch.float32:
-        return _step_in_place(*arguments, state, H, K, V, tanh), state
-    y, new_state = _step(*arguments, state.float(), H, K, V, tanh)
+        return _step_in_place(*x), state
+    y, new_state = _step(*x)
     return y, state.copy_(new_state) if inplace else new_state
+
+
+class Token(NamedTuple):
+    """One step of every row: projections as they come, A_log, dt_bias and the state in float32."""
+
+    qkv: Tensor
+    a: Tensor
+    A_log: Tensor | None
+    dt_bias: Tensor | None
+    b: Tensor | None
+    gate: Tensor | None
+    state: Tensor
+    H: int
+    K: int
+    V: int
+    tanh: bool
+
+
+class Results(NamedTuple):
+    y: Tensor
+    state: Tensor
 
 
 def _packed(state: Tensor) -> Tensor:
@@ -89,109 +111,54 @@ def defines(
     }
 
 
-def _launch(
-    qkv: Tensor,
-    a: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    b: Tensor | None,
-    gate: Tensor | None,
-    state: Tensor,
-    y: Tensor,
-    new_state: Tensor,
-    sizes: tuple[int, int, int],
-    tanh: bool,
-) -> None:
-    H, K, V = sizes
+def _launch(x: Token, y: Tensor, new_state: Tensor) -> None:
+    """From x.state, which is packed, to `new_state`, which may be the same."""
+    qkv, a, A_log, dt_bias, b, gate, state, H, K, V, tanh = x
     tied = qkv.shape[1] == 2 * H * K
     flags = {"tanh": tanh, "tied": tied, "decay": A_log is not None, "beta": b is not None, "gate": gate is not None}
     chosen = defines(K, V, qkv.dtype, a.dtype, **flags)
     warps = qkv.shape[0] * H * -(-V // COLUMNS)
     if warps == 0:
         return
-    arguments: list[Any] = [pointer(x) for x in (qkv, a, A_log, dt_bias, b, gate, state, y, new_state)]
-    arguments += [ctypes.c_int64(0 if x is None else x.stride(0)) for x in (qkv, a, b, gate)]
+    arguments: list[Any] = [pointer(t) for t in (*x[:7], y, new_state)]
+    arguments += [ctypes.c_int64(0 if t is None else t.stride(0)) for t in (qkv, a, b, gate)]
     arguments += [ctypes.c_int(H), ctypes.c_int(warps)]
     device = qkv.device.index
     # Few warps are spread over all multiprocessors. After a library's product an early start gains nothing.
     threads = 32 if warps <= 1024 else 128
     overlap = qkv.shape[0] <= MAX_ROWS and overlapping(device)
-    with torch.cuda.device(device):
-        stream = torch.cuda.current_stream(device).cuda_stream
-        kernel = _kernel(device, tuple(chosen.items()))
-        kernel(-(-32 * warps // threads), threads, stream, arguments, overlap=overlap)
+    kernel = _kernel(device, tuple(chosen.items()))
+    submit(kernel, device, -(-32 * warps // threads), threads, arguments, overlap=overlap)
 
 
-@torch.library.custom_op("e88::cuda_step", mutates_args=(), device_types="cuda")
-def _step(
-    qkv: Tensor,
-    a: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    b: Tensor | None,
-    gate: Tensor | None,
-    state: Tensor,
-    H: int,
-    K: int,
-    V: int,
-    tanh: bool,
-) -> tuple[Tensor, Tensor]:
-    y, new_state = _step_fake(qkv, a, A_log, dt_bias, b, gate, state, H, K, V, tanh)
-    _launch(qkv, a, A_log, dt_bias, b, gate, _packed(state), y, new_state, (H, K, V), tanh)
-    return y, new_state
+def _empty_output(*values: Any) -> Tensor:
+    x = Token(*values)
+    return x.qkv.new_empty(x.qkv.shape[0], x.H * x.V)
 
 
-@_step.register_fake
-def _step_fake(
-    qkv: Tensor,
-    a: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    b: Tensor | None,
-    gate: Tensor | None,
-    state: Tensor,
-    H: int,
-    K: int,
-    V: int,
-    tanh: bool,
-) -> tuple[Tensor, Tensor]:
-    return qkv.new_empty(qkv.shape[0], H * V), state.new_empty(state.shape)
+def _empty(*values: Any) -> Results:
+    state = Token(*values).state
+    return Results(_empty_output(*values), state.new_empty(state.shape))
 
 
-@torch.library.custom_op("e88::cuda_step_in_place", mutates_args=("state",), device_types="cuda")
-def _step_in_place(
-    qkv: Tensor,
-    a: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    b: Tensor | None,
-    gate: Tensor | None,
-    state: Tensor,
-    H: int,
-    K: int,
-    V: int,
-    tanh: bool,
-) -> Tensor:
-    y = _step_in_place_fake(qkv, a, A_log, dt_bias, b, gate, state, H, K, V, tanh)
-    packed = _packed(state)
-    _launch(qkv, a, A_log, dt_bias, b, gate, packed, y, packed, (H, K, V), tanh)
-    if packed is not state:
-        state.copy_(packed)
+def _run(*values: Any) -> Results:
+    x, out = Token(*values), _empty(*values)
+    _launch(x._replace(state=_packed(x.state)), *out)
+    return out
+
+
+def _run_in_place(*values: Any) -> Tensor:
+    x, y = Token(*values), _empty_output(*values)
+    packed = _packed(x.state)
+    _launch(x._replace(state=packed), y, packed)
+    if packed is not x.state:
+        x.state.copy_(packed)
+    else:
+        torch.autograd.graph.increment_version(packed)
     return y
 
 
-@_step_in_place.register_fake
-def _step_in_place_fake(
-    qkv: Tensor,
-    a: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    b: Tensor | None,
-    gate: Tensor | None,
-    state: Tensor,
-    H: int,
-    K: int,
-    V: int,
-    tanh: bool,
-) -> Tensor:
-    return qkv.new_empty(qkv.shape[0], H * V)
+_step = operator("e88::cuda_step", _run, _empty, Token, device_types="cuda")
+_step_in_place = operator(
+    "e88::cuda_step_in_place", _run_in_place, _empty_output, Token, device_types="cuda", mutates_args=("state",)
+)

@@ -5,12 +5,14 @@ B rows, T tokens, C channels, W filter width; the tail holds the W - 1 inputs be
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from e88.ops.differentiable import differentiable, operator
 
 BLOCK = 256
 # Of a sequence, a program is one warp; its channels, and its tokens where there are then enough programs.
@@ -52,15 +54,14 @@ def step_kernel(
     tl.store(y + at, total, mask=inside)
 
 
-@torch.library.custom_op("e88::conv_step", mutates_args=())
-def conv_step(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor) -> tuple[Tensor, Tensor]:
+def _conv_step(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor) -> tuple[Tensor, Tensor]:
     """x [B, C], weight [C, 1, W], bias [C] or None, tail [B, C, W - 1] -> (y [B, C] in x's dtype, the new tail).
 
     Sums in float32. Not differentiable.
     """
     x = x if x.shape[1] == 1 or x.stride(1) == 1 else x.contiguous()
     tail, weight = tail.contiguous(), weight.contiguous()
-    y, new_tail = _conv_step_fake(x, weight, bias, tail)
+    y, new_tail = _empty_step(x, weight, bias, tail)
     if y.numel():
         grid = (triton.cdiv(y.numel(), BLOCK),)
         step_kernel[grid](
@@ -70,9 +71,11 @@ def conv_step(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor) -> t
     return y, new_tail
 
 
-@conv_step.register_fake
-def _conv_step_fake(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor) -> tuple[Tensor, Tensor]:
+def _empty_step(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), tail.new_empty(tail.shape)
+
+
+conv_step = operator("e88::conv_step", _conv_step, _empty_step)
 
 
 @triton.jit
@@ -232,7 +235,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | N
 
     y has x's dtype; sums in float32. Differentiable in all four. x is read where it lies, as part of a wider row too.
     """
-    return _forward(x, weight, bias, tail)
+    return _run(Operands(x, weight, bias, tail))[0]
 
 
 def _launch(x: Tensor, width: int) -> tuple[int, tuple[int], dict[str, int]]:
@@ -248,72 +251,76 @@ def _strided(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
 
-@torch.library.custom_op("e88::causal_conv", mutates_args=())
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None) -> Tensor:
+class Operands(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    tail: Tensor | None
+
+
+class Results(NamedTuple):
+    y: Tensor
+    nothing: Tensor | None = None
+
+
+class Saved(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    tail: Tensor | None
+    bias_dtype: torch.dtype | None
+
+
+class Gradients(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    tail: Tensor | None
+
+
+def _results(x: Operands, save: bool) -> Results:
+    return Results(x.x.new_empty(x.x.shape))
+
+
+def _forward(operands: Operands, out: Results) -> None:
+    x, weight, bias, tail = operands
     x, weight, tail = _strided(x), weight.contiguous(), None if tail is None else tail.contiguous()
-    y = _forward_fake(x, weight, bias, tail)
-    if y.numel():
+    if out.y.numel():
         run, grid, options = _launch(x, weight.shape[2])
         forward_kernel[grid](
-            x, weight, bias, tail, y, x.shape[1], x.shape[2], x.stride(0), x.stride(1), run,
+            x, weight, bias, tail, out.y, x.shape[1], x.shape[2], x.stride(0), x.stride(1), run,
             BIAS=bias is not None, TAIL=tail is not None, **options,
         )  # fmt: skip
-    return y
 
 
-@_forward.register_fake
-def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape)
+def _keep(x: Operands, out: Results) -> Saved:
+    return Saved(x.x, x.weight, x.tail, None if x.bias is None else x.bias.dtype)
 
 
-@torch.library.custom_op("e88::causal_conv_backward", mutates_args=())
-def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor, biased: bool, tail: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dweight, dbias (empty without a bias) and dtail (empty without a tail); dweight and dbias in float32."""
-    dy, x, weight = _strided(dy), _strided(x), weight.contiguous()
-    tail = None if tail is None else tail.contiguous()
-    dx, dweight, dbias, dtail = _backward_fake(dy, x, weight, biased, tail)
-    width = weight.shape[2]
-    if dx.numel() == 0:
-        return dx, dweight.zero_(), dbias.zero_(), dtail.zero_()
+def _gradients(dy: Tensor, _: Tensor | None, x: Saved) -> Gradients:
+    dx, dweight = (u.new_empty(u.shape) for u in (x.x, x.weight))
+    dbias = None if x.bias_dtype is None else dx.new_empty(dx.shape[2], dtype=x.bias_dtype)
+    return Gradients(dx, dweight, dbias, None if x.tail is None else x.tail.new_empty(x.tail.shape))
+
+
+def _backward(dy: Tensor, _: Tensor | None, saved: Saved, out: Gradients) -> None:
+    dy, x, weight = _strided(dy), _strided(saved.x), saved.weight.contiguous()
+    tail = None if saved.tail is None else saved.tail.contiguous()
+    if x.numel() == 0:
+        for gradient in out:
+            if gradient is not None:
+                gradient.zero_()
+        return
+    width, biased = weight.shape[2], out.bias is not None
     run, grid, options = _launch(x, width)
-    shares = dweight.new_empty(len(x) * triton.cdiv(x.shape[1], run), width + biased, x.shape[2])
+    shares = x.new_empty(len(x) * triton.cdiv(x.shape[1], run), width + biased, x.shape[2], dtype=torch.float32)
     backward_kernel[grid](
-        dy, x, weight, tail, dx, dtail, shares, x.shape[1], x.shape[2], dy.stride(0), dy.stride(1),
+        dy, x, weight, tail, out.x, out.tail, shares, x.shape[1], x.shape[2], dy.stride(0), dy.stride(1),
         x.stride(0), x.stride(1), run, BIAS=biased, TAIL=tail is not None, **options,
     )  # fmt: skip
     sums = shares.sum(0)
-    dweight.copy_(sums[:width].t().unsqueeze(1))
-    if biased:
-        dbias.copy_(sums[width])
-    return dx, dweight, dbias, dtail
+    out.weight.copy_(sums[:width].t().unsqueeze(1))
+    if out.bias is not None:
+        out.bias.copy_(sums[width])
 
 
-@_backward.register_fake
-def _backward_fake(
-    dy: Tensor, x: Tensor, weight: Tensor, biased: bool, tail: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dweight = weight.new_empty(weight.shape, dtype=torch.float32)
-    dbias = dweight.new_empty(x.shape[2] if biased else 0)
-    return x.new_empty(x.shape), dweight, dbias, x.new_empty(0 if tail is None else tail.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, tail = inputs
-    ctx.save_for_backward(x, weight, tail)
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _vjp(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    x, weight, tail = ctx.saved_tensors
-    dx, dweight, dbias, dtail = _backward(dy, x, weight, ctx.bias_dtype is not None, tail)
-    return (
-        dx,
-        dweight.to(weight.dtype),
-        None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype),
-        None if tail is None else dtail.to(tail.dtype),
-    )
-
-
-_forward.register_autograd(_vjp, setup_context=_setup_context)
+_run = differentiable("e88::causal_conv", Operands, Saved, _results, _forward, _keep, _gradients, _backward)

@@ -7,12 +7,15 @@ anyway, instead of the stream: x / rms = y / weight, exact but for rounding, so 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from e88.ops.differentiable import differentiable
+from e88.ops.operands import add_parts
 
 
 @triton.jit
@@ -93,7 +96,7 @@ def add_rms_norm(
 
     Differentiable in all three; sums in float32. Without an update the first result is h itself.
     """
-    stream, y, _ = _forward(h, update, weight, eps, dtype)
+    y, stream = _run(Operands(h, update, weight, eps, dtype))
     return (h if update is None else stream), y
 
 
@@ -107,73 +110,74 @@ def _options(D: int) -> dict[str, Any]:
     return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 16)}
 
 
-@torch.library.custom_op("e88::add_rms_norm", mutates_args=())
-def _forward(
-    h: Tensor, update: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    h, update = h.contiguous(), None if update is None else update.contiguous()
-    stream, y, scale = _forward_fake(h, update, weight, eps, dtype)
+class Operands(NamedTuple):
+    h: Tensor
+    update: Tensor | None
+    weight: Tensor
+    eps: float
+    dtype: torch.dtype
+
+
+class Results(NamedTuple):
+    y: Tensor
+    stream: Tensor | None
+    scale: Tensor
+
+
+class Saved(NamedTuple):
+    y: Tensor
+    scale: Tensor
+    weight: Tensor
+    h_dtype: torch.dtype
+    update_dtype: torch.dtype | None
+
+
+class Gradients(NamedTuple):
+    h: Tensor
+    update: Tensor | None
+    weight: Tensor
+
+
+def _results(x: Operands, save: bool) -> Results:
+    h = x.h
+    y = h.new_empty(h.shape, dtype=x.dtype)
+    stream = None if x.update is None else h.new_empty(h.shape)
+    return Results(y, stream, h.new_empty(h.shape[:-1], dtype=torch.float32))
+
+
+def _forward(x: Operands, out: Results) -> None:
+    h, update = x.h.contiguous(), None if x.update is None else x.update.contiguous()
     D = h.shape[-1]
     if h.numel():
         forward_kernel[(h.numel() // D,)](
-            h, update, weight, stream, y, scale, D, eps, ADD=update is not None, **_options(D)
+            h, update, x.weight, out.stream, out.y, out.scale, D, x.eps, ADD=update is not None, **_options(D)
         )
-    return stream, y, scale
 
 
-@_forward.register_fake
-def _forward_fake(
-    h: Tensor, update: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    stream = h.new_empty(0 if update is None else h.shape)
-    return stream, h.new_empty(h.shape, dtype=dtype), h.new_empty(h.shape[:-1], dtype=torch.float32)
+def _keep(x: Operands, out: Results) -> Saved:
+    return Saved(out.y, out.scale, x.weight, x.h.dtype, None if x.update is None else x.update.dtype)
 
 
-@torch.library.custom_op("e88::add_rms_norm_backward", mutates_args=())
-def _backward(
-    dstream: Tensor | None, dy: Tensor, y: Tensor, scale: Tensor, weight: Tensor, h_dtype: torch.dtype,
-    update_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dstream, dy = None if dstream is None else dstream.contiguous(), dy.contiguous()
-    dh, dupdate, dweight = _backward_fake(dstream, dy, y, scale, weight, h_dtype, update_dtype)
-    D = y.shape[-1]
-    rows = y.numel() // D
+def _gradients(dy: Tensor, dstream: Tensor | None, x: Saved) -> Gradients:
+    dh = x.y.new_empty(x.y.shape, dtype=x.h_dtype)
+    dupdate = None if x.update_dtype is None else x.y.new_empty(x.y.shape, dtype=x.update_dtype)
+    return Gradients(dh, dupdate, x.weight.new_empty(x.weight.shape))
+
+
+def _backward(dy: Tensor, dstream: Tensor | None, x: Saved, out: Gradients) -> None:
+    D = x.y.shape[-1]
+    rows = x.y.numel() // D
     if rows == 0:
-        return dh, dupdate, dweight.zero_()
-    programs = min(rows, _programs(y.device.index or 0) if y.is_cuda else 2)
-    shares = weight.new_empty(programs, D, dtype=torch.float32)
+        out.weight.zero_()
+        return
+    programs = min(rows, _programs(x.y.device.index or 0) if x.y.is_cuda else 2)
+    shares = x.weight.new_empty(programs, D, dtype=torch.float32)
+    passed = None if dstream is None or out.update is None else dstream.contiguous()
     backward_kernel[(programs,)](
-        dstream, dy, y, scale, weight, dh, dupdate, shares, rows, D,
-        PASS=dstream is not None, ADD=update_dtype is not None, **_options(D),
+        passed, dy.contiguous(), x.y, x.scale, x.weight, out.h, out.update, shares, rows, D,
+        PASS=passed is not None, ADD=out.update is not None, **_options(D),
     )  # fmt: skip
-    return dh, dupdate, shares.sum(0).to(weight.dtype)
+    add_parts([out.weight], [shares])
 
 
-@_backward.register_fake
-def _backward_fake(
-    dstream: Tensor | None, dy: Tensor, y: Tensor, scale: Tensor, weight: Tensor, h_dtype: torch.dtype,
-    update_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dh = y.new_empty(y.shape, dtype=h_dtype)
-    dupdate = y.new_empty(0 if update_dtype is None else y.shape, dtype=update_dtype or y.dtype)
-    return dh, dupdate, torch.empty_like(weight)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    h, update, weight, _, _ = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1], output[2], weight)
-    ctx.h_dtype, ctx.update_dtype = h.dtype, None if update is None else update.dtype
-
-
-def _vjp(
-    ctx: Any, dstream: Tensor | None, dy: Tensor | None, _: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor, None, None]:
-    y, scale, weight = ctx.saved_tensors
-    dy = torch.zeros_like(y) if dy is None else dy
-    dstream = None if ctx.update_dtype is None else dstream
-    dh, dupdate, dweight = _backward(dstream, dy, y, scale, weight, ctx.h_dtype, ctx.update_dtype)
-    return dh, None if ctx.update_dtype is None else dupdate, dweight, None, None
-
-
-_forward.register_autograd(_vjp, setup_context=_setup_context)
+_run = differentiable("e88::add_rms_norm", Operands, Saved, _results, _forward, _keep, _gradients, _backward)

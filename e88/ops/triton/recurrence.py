@@ -1,4 +1,4 @@
-"""The Triton backend: plans, launches, and the `torch.library` operators that make it differentiable and compilable.
+"""The Triton backend: plans and launches.
 
 Letters as in `e88.ops.contract`; a token is one step of one row.
 """
@@ -12,6 +12,19 @@ import torch
 import triton
 from torch import Tensor
 
+from e88.ops.differentiable import differentiable
+from e88.ops.operands import (
+    Gradients,
+    Operands,
+    Results,
+    Saved,
+    add_parts,
+    empty_gradients,
+    keep,
+    parts_of,
+    prepare,
+    sequences,
+)
 from e88.ops.triton.kernels import backward_kernel, forward_kernel
 
 
@@ -26,11 +39,7 @@ def run(
     activation: str,
 ) -> tuple[Tensor, Tensor]:
     """The backend entry: y [B, T, H, V] in v's dtype and the final state [N, H, K, V] in float32."""
-    floats = [None if x is None else x.float() for x in (g, beta, initial_state)]
-    ends = None if cu_seqlens is None else cu_seqlens.to(device=v.device, dtype=torch.int64)
-    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, *floats))
-    y, final_state, _ = _forward(q, k, v, *floats, ends, activation == "tanh", save)
-    return y, final_state
+    return _run(prepare(q, k, v, g, beta, initial_state, cu_seqlens, activation))
 
 
 class Plan(NamedTuple):
@@ -70,12 +79,9 @@ def make_plan(K: int, V: int, dtype: torch.dtype, tanh: bool, nvidia: bool) -> P
     return Plan(BK, BV, 8, saved, mode if tanh else None, registers)
 
 
-def _plan(k: Tensor, v: Tensor, tanh: bool) -> Plan:
-    return make_plan(k.shape[-1], v.shape[-1], v.dtype, tanh, v.device.type == "cuda" and torch.version.hip is None)
-
-
-def _sequences(v: Tensor, ends: Tensor | None) -> int:
-    return v.shape[0] if ends is None else ends.shape[0] - 1
+def _plan(x: Operands | Saved) -> Plan:
+    nvidia = x.v.device.type == "cuda" and torch.version.hip is None
+    return make_plan(x.k.shape[-1], x.v.shape[-1], x.v.dtype, x.tanh, nvidia)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -97,150 +103,81 @@ def resources() -> dict[str, dict[str, int]]:
     }
 
 
-@torch.library.custom_op("e88::triton_forward", mutates_args=())
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor | None,
-    initial_state: Tensor | None,
-    ends: Tensor | None,
-    tanh: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    y, state, saved = _forward_fake(q, k, v, g, beta, initial_state, ends, tanh, save)
-    _, T, H, V = v.shape
-    plan = _plan(k, v, tanh)
-    if initial_state is None:
+def _results(x: Operands, save: bool) -> Results:
+    B, T, H, V = x.v.shape
+    N, plan = sequences(x.v, x.ends), _plan(x)
+    y = x.v.new_empty(x.v.shape)
+    state = x.v.new_empty(N, H, x.k.shape[-1], V, dtype=torch.float32)
+    if not save:
+        return Results(y, state)
+    size = plan.blocks(V) * plan.BV * plan.BK
+    return Results(y, state, x.v.new_empty(B * T // plan.segment + N, H, size, dtype=plan.saved))
+
+
+def _forward(x: Operands, out: Results) -> None:
+    _, T, H, V = x.v.shape
+    plan, state = _plan(x), out.final_state
+    if x.initial_state is None:
         state.zero_()
     else:
-        state.copy_(initial_state)
-    rows = [_rows(x) for x in (q, k, v)]
-    rest = [None if x is None else x.contiguous() for x in (g, beta, ends)]
+        state.copy_(x.initial_state)
+    rows = [_rows(u) for u in (x.q, x.k, x.v)]
+    rest = [None if u is None else u.contiguous() for u in (x.g, x.beta, x.ends)]
     programs = state.shape[0] * H * plan.blocks(V)
     if programs:
-        with torch.cuda.device_of(v):
+        with torch.cuda.device_of(x.v):
             _launched["forward"] = forward_kernel[(programs,)](
                 *rows,
                 *rest,
                 state,
-                y,
-                saved if save else None,
-                *(x.stride(0) for x in rows),
+                out.y,
+                out.checkpoints,
+                *(u.stride(0) for u in rows),
                 T,
                 H,
-                **plan.constants(k.shape[-1], V, backward=False),
+                **plan.constants(x.k.shape[-1], V, backward=False),
             )
-    return y, state, saved
 
 
-@_forward.register_fake
-def _forward_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor | None,
-    initial_state: Tensor | None,
-    ends: Tensor | None,
-    tanh: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    B, T, H, V = v.shape
-    sequences = _sequences(v, ends)
-    plan = _plan(k, v, tanh)
-    slots = B * T // plan.segment + sequences if save else 0
-    saved = v.new_empty(slots, H, plan.blocks(V) * plan.BV * plan.BK, dtype=plan.saved)
-    return v.new_empty(v.shape), v.new_empty(sequences, H, k.shape[-1], V, dtype=torch.float32), saved
-
-
-@torch.library.custom_op("e88::triton_backward", mutates_args=())
-def _backward(
-    dy: Tensor,
-    dfinal: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor | None,
-    ends: Tensor | None,
-    saved: Tensor,
-    tanh: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv, dg, dbeta, dstate = _backward_fake(dy, dfinal, q, k, v, g, beta, ends, saved, tanh)
-    B, T, H, V = v.shape
-    plan = _plan(k, v, tanh)
+def _backward(dy: Tensor, dfinal: Tensor | None, x: Saved, out: Gradients) -> None:
+    B, T, H, V = x.v.shape
+    K, plan = x.k.shape[-1], _plan(x)
     blocks = plan.blocks(V)
-    programs = dstate.shape[0] * H * blocks
+    dstate = out.initial_state
+    if dstate is None:
+        dstate = x.g.new_empty(sequences(x.v, x.ends), H, K, V)
     if dfinal is None:
         dstate.zero_()
     else:
         dstate.copy_(dfinal)
-    rows = [_rows(x) for x in (q, k, v)]
-    rest = [None if x is None else x.contiguous() for x in (g, beta, ends)]
-    states = saved.new_empty(programs, plan.segment, plan.BV * plan.BK)
-    deltas = g.new_empty(programs, plan.segment, plan.BV)
-    totals = [dq, dk, dg, dbeta]
-    parts = totals if blocks == 1 else [x.new_empty(blocks, *x.shape, dtype=torch.float32) for x in totals]
+    programs = dstate.shape[0] * H * blocks
+    rows = [_rows(u) for u in (x.q, x.k, x.v)]
+    rest = [None if u is None else u.contiguous() for u in (x.g, x.beta, x.ends)]
+    states = x.q.new_empty(programs, plan.segment, plan.BV * plan.BK, dtype=plan.saved)
+    deltas = x.g.new_empty(programs, plan.segment, plan.BV)
+    totals = [out.q, out.k, out.g, out.beta]
+    parts = parts_of(totals, blocks)
     if programs:
-        with torch.cuda.device_of(v):
+        with torch.cuda.device_of(x.v):
             _launched["backward"] = backward_kernel[(programs,)](
                 *rows,
                 *rest,
-                saved,
+                x.checkpoints,
                 dy.contiguous(),
                 dstate,
                 states,
                 deltas,
                 parts[0],
                 parts[1],
-                dv,
+                out.v,
                 *parts[2:],
-                *(x.stride(0) for x in rows),
+                *(u.stride(0) for u in rows),
                 B * T,
                 T,
                 H,
-                **plan.constants(k.shape[-1], V, backward=True),
+                **plan.constants(K, V, backward=True),
             )
-    if blocks > 1:
-        for total, part in zip(totals, parts, strict=True):
-            total.copy_(part.sum(0))
-    return dq, dk, dv, dg, dbeta, dstate
+    add_parts(totals, parts)
 
 
-@_backward.register_fake
-def _backward_fake(
-    dy: Tensor,
-    dfinal: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor | None,
-    ends: Tensor | None,
-    saved: Tensor,
-    tanh: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv, dg = (x.new_empty(x.shape) for x in (q, k, v, g))
-    dbeta = g.new_empty(0 if beta is None else g.shape[0], *g.shape[1:])
-    return dq, dk, dv, dg, dbeta, g.new_empty(_sequences(v, ends), v.shape[2], k.shape[-1], v.shape[-1])
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, g, beta, initial_state, ends, tanh, _ = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, g, beta, ends, output[2])
-    ctx.tanh, ctx.gate, ctx.initial = tanh, beta is not None, initial_state is not None
-
-
-def _vjp(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, g, beta, ends, saved = ctx.saved_tensors
-    if dy is None:
-        dy = torch.zeros_like(v)
-    dq, dk, dv, dg, dbeta, dstate = _backward(dy, dfinal, q, k, v, g, beta, ends, saved, ctx.tanh)
-    gate = dbeta if ctx.gate else None
-    return dq, dk, dv, dg, gate, dstate if ctx.initial else None, None, None, None
-
-
-_forward.register_autograd(_vjp, setup_context=_setup_context)
+_run = differentiable("e88::triton", Operands, Saved, _results, _forward, keep, empty_gradients, _backward)
