@@ -93,28 +93,18 @@ def _scalars(a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return a.contiguous(), None if b is None else b.contiguous()
 
 
-class Columns(NamedTuple):
-    """Where the packed gradient has its parts: the first column of each, None for what is not there, and the width."""
-
-    gate: int | None
-    a: int | None
-    b: int | None
-    width: int
-
-
-def _columns(x: Saved) -> Columns:
-    at = x.qkv.shape[-1]
-
-    def place(part: Tensor | None) -> int | None:
-        nonlocal at
-        if part is None or part.dtype != x.qkv.dtype:
-            return None
-        at += part.shape[-1]
-        return at - part.shape[-1]
-
-    first = place(x.gate), place(x.a), place(x.b)
+def _widths(x: Saved) -> list[int]:
+    """Columns in the packed gradient of qkv, gate, a and b, 0 for what is not there, and of the space behind them."""
+    there = [0 if u is None or u.dtype != x.qkv.dtype else u.shape[-1] for u in (x.qkv, x.gate, x.a, x.b)]
     # Rows begin at a line of the cache, 128 bytes; a head's piece of a row would otherwise touch one more.
-    return Columns(*first, -(-at // ALIGN) * ALIGN)
+    return [*there, -sum(there) % ALIGN]
+
+
+def _pieces(x: Saved, out: Gradients) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of qkv, gate, a and b, wherever they are."""
+    widths = _widths(x)
+    qkv, gate, a, b, _ = out.packed.split_with_sizes(widths, -1)
+    return qkv, gate if widths[1] else None, a if widths[2] else out.a, b if widths[3] else out.b
 
 
 def _results(x: Projections, save: bool) -> Results:
@@ -150,15 +140,15 @@ def _keep(x: Projections, out: Results) -> Saved:
 
 
 def _gradients(dy: Tensor, dfinal: Tensor | None, x: Saved) -> Gradients:
-    (B, T, _), H, columns = x.qkv.shape, x.H, _columns(x)
+    (B, T, _), H, widths = x.qkv.shape, x.H, _widths(x)
 
     def room(wanted: bool, *shape: int) -> Tensor | None:
         return x.qkv.new_empty(*shape, dtype=torch.float32) if wanted else None
 
     return Gradients(
-        x.qkv.new_empty(B, T, columns.width),
-        room(columns.a is None, B, T, H),
-        room(columns.b is None and x.b is not None, B, T, H),
+        x.qkv.new_empty(B, T, sum(widths)),
+        room(not widths[2], B, T, H),
+        room(not widths[3] and x.b is not None, B, T, H),
         room(x.A_log is not None, 2, H),
         room(x.need_initial, sequences(x.qkv, x.ends), H, x.K, x.V),
     )
@@ -170,7 +160,7 @@ def _backward(dy: Tensor, dfinal: Tensor | None, x: Saved, out: Gradients) -> No
         if out.vectors is not None:
             out.vectors.zero_()
         return
-    plan, columns = _plan(x), _columns(x)
+    plan = _plan(x)
     splits = plan.splits
     qkv, gate = rows(x.qkv), None if x.gate is None else rows(x.gate)
     a, b = _scalars(x.a, x.b)
@@ -179,8 +169,7 @@ def _backward(dy: Tensor, dfinal: Tensor | None, x: Saved, out: Gradients) -> No
     raw_dq, raw_dk, raw_dv = _parts(out.packed, x)
     tied = width == 2 * H * x.K
     dv = qkv.new_empty(B, T, H * x.V) if tied else out.packed
-    da = out.a if columns.a is None else out.packed[..., columns.a :]
-    db = out.b if columns.b is None else out.packed[..., columns.b :]
+    _, dgate, da, db = _pieces(x, out)
     dq: Tensor | int = raw_dq
     dk: Tensor | int = raw_dk
     dscalars = [da, db]
@@ -188,7 +177,6 @@ def _backward(dy: Tensor, dfinal: Tensor | None, x: Saved, out: Gradients) -> No
         dq, dk = (qkv.new_empty(splits, B, T, H * x.K, dtype=torch.float32) for _ in range(2))
         dscalars = [None if u is None else u.new_empty(splits, B, T, H, dtype=torch.float32) for u in (a, b)]
     shares = None if out.vectors is None else out.vectors.new_empty(2, N * splits, H)
-    dgate = None if columns.gate is None else column(out.packed, columns.gate)
     inputs = [q, k, x.written, a, b, ends, x.checkpoints, rows(dy), final, v, A_log, dt_bias, gate, x.ungated]
     gradients = [dq, dk, dv if tied else raw_dv, *dscalars, out.initial_state, dgate, shares]
     assert dscalars[0] is not None
@@ -203,7 +191,7 @@ def _backward(dy: Tensor, dfinal: Tensor | None, x: Saved, out: Gradients) -> No
         launch("finish", plan, True, qkv.device, grid, [q, k, dq, dk, raw_dq, raw_dk], numbers)
         for total, parts in zip((da, db), dscalars, strict=True):
             if total is not None and parts is not None:
-                total[..., :H] = parts.sum(0)
+                total.copy_(parts.sum(0))
     if tied:
         out.packed[..., H * x.K : width] += dv
     if shares is not None:
@@ -211,16 +199,9 @@ def _backward(dy: Tensor, dfinal: Tensor | None, x: Saved, out: Gradients) -> No
 
 
 def _unpack(x: Saved, found: Gradients) -> tuple[Tensor | None, ...]:
-    columns = _columns(x)
-
-    def part(first: int | None, width: int) -> Tensor | None:
-        return None if first is None else found.packed[..., first : first + width]
-
-    da = found.a if columns.a is None else part(columns.a, x.H)
-    db = found.b if columns.b is None else part(columns.b, x.H)
-    vectors = (None, None) if x.A_log is None or found.vectors is None else found.vectors.unbind(0)
-    qkv, gate = part(0, x.qkv.shape[-1]), part(columns.gate, x.H * x.V)
-    return qkv, da, *vectors, db, gate, found.initial_state
+    qkv, gate, a, b = _pieces(x, found)
+    vectors = (None, None) if found.vectors is None else found.vectors.unbind(0)
+    return qkv, a, *vectors, b, gate, found.initial_state
 
 
 fused = differentiable(
