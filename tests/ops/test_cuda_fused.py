@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from typing import Any
 
@@ -55,15 +56,34 @@ def _check(x: Projections, dtype: torch.dtype = torch.bfloat16, wide: tuple[str,
     exact = exact.to(torch.float64)
     expected = exact.results_rounded(dtype)
     if exact.dt_bias is not None:
-        # Sums over tokens may cancel, so that no share of them bounds their errors. But each is the sum of its terms to
-        # these' own rounding, and the terms are compared with float64.
-        z, d_a = exact.a + exact.dt_bias, actual["d_a"].double()
-        rounding = torch.finfo(actual["d_a"].dtype).eps / 2 + 1e-6
-        for name, terms in (("d_dt_bias", d_a), ("d_A_log", d_a * F.softplus(z) / z.sigmoid())):
-            off = (actual.pop(name).double() - terms.sum((0, 1))).abs() / terms.abs().sum((0, 1)).clamp_min(1e-30)
-            assert (off <= rounding).all(), f"{name}: off by {off.max():.1e} of its terms"
-            del expected[name]
+        # Sums over tokens may cancel, so that no share of them bounds their errors. But each is the sum of its terms,
+        # which are compared with float64.
+        _assert_sums(actual, exact)
+        for name in ("d_A_log", "d_dt_bias"):
+            del actual[name], expected[name]
     assert_close(actual, expected, TOLERANCE)
+
+
+def _assert_sums(results: dict[str, torch.Tensor], x: Projections) -> None:
+    """The gradients of A_log and dt_bias follow from those of a, as far as rounding has left these."""
+    assert x.dt_bias is not None
+    z, d_a = x.a + x.dt_bias, results["d_a"].double()
+    rounding = torch.finfo(results["d_a"].dtype).eps / 2 + 1e-6
+    for name, terms in (("d_dt_bias", d_a), ("d_A_log", d_a * F.softplus(z) / z.sigmoid())):
+        off = (results[name].double() - terms.sum((0, 1))).abs() / terms.abs().sum((0, 1)).clamp_min(1e-30)
+        assert (off <= rounding).all(), f"{name}: off by {off.max():.1e} of its terms"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_sums_that_lack_a_token_are_seen(dtype: torch.dtype) -> None:
+    x = projections(2, 37, 3, 8, 8, gate=True)
+    exact = x.results("reference")
+    results = exact | {"d_a": exact["d_a"].to(dtype)}
+    _assert_sums(results, x)
+    for b, t in itertools.product((0, 1), (1, 18, 36)):
+        lacking = results | {"d_dt_bias": results["d_dt_bias"] - exact["d_a"][b, t]}
+        with pytest.raises(AssertionError, match="d_dt_bias: off by"):
+            _assert_sums(lacking, x)
 
 
 SIZES = [
