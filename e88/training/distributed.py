@@ -25,6 +25,8 @@ from e88.runtime import choose_device
 from e88.training.config import MODES, TrainingConfig
 
 T = TypeVar("T")
+# Parts of the model that FSDP gathers one after the other.
+UNITS = 8
 
 
 class RanksLost(Exception):
@@ -90,8 +92,10 @@ class Group:
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
         mesh = init_device_mesh(self.device.type, (self.world,))
         with keep_decay_exemptions(model):
-            for block in model.blocks:
-                fully_shard(block, mesh=mesh)
+            # Gathering costs the host about a millisecond a time, more than a small block takes the device.
+            size = -(-len(model.blocks) // UNITS)
+            for first in range(0, len(model.blocks), size):
+                fully_shard(list(model.blocks[first : first + size]), mesh=mesh)
             # By default these weights would stay whole after a pass without backward, and be old in the next one.
             fully_shard(model, mesh=mesh, reshard_after_forward=True)
         register_fsdp_forward_method(model, "nll")
