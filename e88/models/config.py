@@ -129,6 +129,9 @@ class ModelConfig:
     """A language model: embedding, `depth` blocks of mixer (and SwiGLU MLP where `mlp_hidden` > 0), tied head.
 
     dim: width of the residual stream. vocab_size: 256 for bytes. mlp_hidden: inner width of the MLP, 0 for none.
+    output_gain: what the final norm's weight, and with it the logits, begins at; 0 for min(1, 256 / dim), the output
+    multiplier of muP (Yang et al., 2022) for a base width of 256. At 1, as in January, the tied head of a wide model
+    begins by predicting each token to follow itself.
     """
 
     dim: int
@@ -136,9 +139,11 @@ class ModelConfig:
     mixer: MixerConfig
     vocab_size: int = 256
     mlp_hidden: int = field(default=0)
+    output_gain: float = 0.0
 
     def __post_init__(self) -> None:
         _positive(self, "dim", "depth", "vocab_size")
+        _require(0 <= self.output_gain <= 100, f"output_gain must be from 0 (by width) to 100, got {self.output_gain}")
         _require(isinstance(self.mlp_hidden, int) and self.mlp_hidden >= 0, "mlp_hidden must be an integer >= 0")
         mixer = self.mixer
         if isinstance(mixer, Mamba2Config):

@@ -18,6 +18,7 @@ from e88.ops.norms import wide
 
 LMState = list[State]
 INIT_STD = 0.02
+BASE_DIM = 256
 RESIDUAL_OUTPUTS = ("o_proj", "out_proj", "down_proj")
 
 
@@ -92,8 +93,10 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Embedding N(0, 0.02); each branch's output projection shrunk by sqrt(branches), as GPT-2 does."""
+        """Embedding N(0, 0.02); each branch's output projection shrunk by sqrt(branches), as GPT-2 does; the final
+        norm's weight as the config's `output_gain` says."""
         nn.init.normal_(self.embedding.weight, std=INIT_STD)
+        nn.init.constant_(self.norm.weight, self.config.output_gain or min(1.0, BASE_DIM / self.config.dim))
         branches = self.config.depth * (2 if self.config.mlp_hidden else 1)
         for name, module in self.named_modules():
             if name.rsplit(".", 1)[-1] in RESIDUAL_OUTPUTS and isinstance(module, nn.Linear):

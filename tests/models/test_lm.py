@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -44,6 +46,18 @@ def test_teacher_forced_stepping_equals_the_parallel_pass(mixer):
     last, reached = m.prefill(tokens[:, :6])
     assert error(last, whole[:, 5]) < 1e-9
     assert error(m(tokens[:, 6:], reached), whole[:, 6:]) < 1e-9
+
+
+def test_a_wide_model_begins_with_an_even_guess():
+    """With a tied head, a small update of the stream and a gain of 1 it begins by predicting its own input."""
+    mixer = E88Config(n_heads=32, n_state=32, gate=True, conv=4)
+    windows = torch.randint(256, (2, 33))
+    losses = [
+        model(mixer, torch.float32, dim=1024, mlp_hidden=0, output_gain=gain).nll(windows).mean().item()
+        for gain in (0.0, 1.0)
+    ]
+    assert losses[0] < math.log(256) + 0.5 and losses[1] > math.log(256) + 3
+    assert model(mixer, dim=256).norm.weight.eq(1).all()
 
 
 @pytest.mark.parametrize("mixer", MIXERS, ids=lambda c: c.kind)
