@@ -90,7 +90,7 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
   int at_own = own_place(warp, lane), at_warp = warp * (int)sizeof(Scalars), at_dot = warp * WARP_BYTES + lane * 4;
   int at_keys = warp * WARP_BYTES + odd * (int)sizeof(Sums::keys) / 2 + (row_of(0, group / 2) + group % 2 + 2 * upper) * 4;
   opaque(unit_word), opaque(source), opaque(only_dk), opaque(only_change), opaque(only_output);
-  opaque(at_group), opaque(at_pair), opaque(at_rows), opaque(at_own), opaque(at_warp), opaque(at_keys), opaque(at_dot);
+  opaque(at_group), opaque(at_rows), opaque(at_own), opaque(at_warp), opaque(at_keys), opaque(at_dot);
   // -dP_{s+1} e_{s+1} of the step after; dy_s and du_{s+1} as B operands; the units of dq_s and -dk_{s+1}.
   float products[ROW_TILES][4] = {}, result_unit = 0;
   u32 operand[2] = {0, 0};
@@ -224,66 +224,70 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
     const UnitMatrix unit = unit_matrix(unit_word, lane);
     if (is_last) prepare_keys(sm[steps].dy[warp][group], 0, sm[steps].scalars[warp].dy_unit, 0);
     // Here G is the gradient of S_{s+1} and `state` is S_{s+1}.
-#pragma unroll WALK_UNROLL
-    for (int s = SEGMENT - 1; s >= 0; s--) {
-      // Counted from a constant, so that the counter is the same for the whole warp as far as the compiler can see.
-      if (s >= steps) continue;
-      Step& step = sm[s];
-      const Scalars scalars = moved(step.scalars[0], at_warp);
-      const u32* e = &moved(step.e[0][0], at_pair);
-      const u32 e0 = __byte_perm(e[0], e[1], 0x5410) & only_dk ^ only_dk & MINUS;
-      const u32 e1 = __byte_perm(e[0], e[1], 0x7632) & only_dk ^ only_dk & MINUS;
-      const u32 output = moved(step.dy[0][0], at_group);
-      const u32 own_e = BETA ? moved(step.e[0][0], at_group) : 0;
-      u32 row[SPLIT], rows[SPREAD], packed[2][WORDS];
-      float du[2];
-      load_split(row, step.k, t, group & 1);
+    // Where G fades it has a walk of its own, which spares the other, far more frequent one a branch a step.
+    auto walk = [&](auto fades) {
+      constexpr int unroll = decltype(fades)::value ? 1 : WALK_UNROLL;
+#pragma unroll unroll
+      for (int s = COUNTED ? SEGMENT - 1 : steps - 1; s >= 0; s--) {
+        if (COUNTED && s >= steps) continue;
+        Step& step = sm[s];
+        const Scalars scalars = moved(step.scalars[0], at_warp);
+        const u32* e = &moved(step.e[0][0], at_pair);
+        const u32 e0 = __byte_perm(e[0], e[1], 0x5410) & only_dk ^ only_dk & MINUS;
+        const u32 e1 = __byte_perm(e[0], e[1], 0x7632) & only_dk ^ only_dk & MINUS;
+        const u32 output = moved(step.dy[0][0], at_group);
+        const u32 own_e = BETA ? moved(step.e[0][0], at_group) : 0;
+        u32 row[SPLIT], rows[SPREAD], packed[2][WORDS];
+        float du[2];
+        load_split(row, step.k, t, group & 1);
 #pragma unroll
-      for (int c = 0; c < 2; c++) {
+        for (int c = 0; c < 2; c++) {
 #pragma unroll
-        for (int n = 0; n < WORDS; n += 2) {
-          // Times the unit matrix, squares of halves become floats.
-          float square[4] = {};
-          mma_k8(square, multiply_halves(state[c][n], state[c][n]),
-                 n + 1 < WORDS ? multiply_halves(state[c][n + 1], state[c][n + 1]) : 0, unit_word);
+          for (int n = 0; n < WORDS; n += 2) {
+            // Times the unit matrix, squares of halves become floats.
+            float square[4] = {};
+            mma_k8(square, multiply_halves(state[c][n], state[c][n]),
+                   n + 1 < WORDS ? multiply_halves(state[c][n + 1], state[c][n + 1]) : 0, unit_word);
 #pragma unroll
-          for (int i = 0; i < 4 && 2 * n + i < ROWS; i++) G[c][2 * n + i] -= G[c][2 * n + i] * square[i];
-          packed[c][n] = pack_fp16_finite(G[c][2 * n], G[c][2 * n + 1]);
-          if (n + 1 < WORDS) packed[c][n + 1] = pack_fp16_finite(G[c][2 * n + 2], G[c][2 * n + 3]);
+            for (int i = 0; i < 4 && 2 * n + i < ROWS; i++) G[c][2 * n + i] -= G[c][2 * n + i] * square[i];
+            packed[c][n] = pack_fp16_finite(G[c][2 * n], G[c][2 * n + 1]);
+            if (n + 1 < WORDS) packed[c][n + 1] = pack_fp16_finite(G[c][2 * n + 2], G[c][2 * n + 3]);
+          }
+          du[c] = dot_split(packed[c], row);
         }
-        du[c] = dot_split(packed[c], row);
-      }
-      // The sums take the place of this state, which all lanes have read.
-      __syncwarp();
-      finish_keys(s, unit);
-      load_state(state, tiles + s * TILE_BYTES + at_own, lane);
-      u32 dot[2] = {0, 0};
+        // The sums take the place of this state, which all lanes have read.
+        __syncwarp();
+        finish_keys(s, unit);
+        load_state(state, tiles + s * TILE_BYTES + at_own, lane);
+        u32 dot[2] = {0, 0};
 #pragma unroll
-      for (int c = 0; c < 2; c++)
+        for (int c = 0; c < 2; c++)
 #pragma unroll
-        for (int n = 0; n < WORDS; n++) dot[c] = multiply_add_halves(packed[c][n], state[c][n], dot[c]);
-      clear(products);
-      dot_columns(products, packed, unit, e0, e1);
+          for (int n = 0; n < WORDS; n++) dot[c] = multiply_add_halves(packed[c][n], state[c][n], dot[c]);
+        clear(products);
+        dot_columns(products, packed, unit, e0, e1);
 
-      const float du_unit = BETA ? scalars.unit * step.beta : scalars.unit;
-      prepare_keys(output, pack_fp16_finite(du[0], du[1]), scalars.dy_unit, du_unit);
-      const u32 de = pack_fp16_finite(du[0] * scalars.change_scale, du[1] * scalars.change_scale);
+        const float du_unit = BETA ? scalars.unit * step.beta : scalars.unit;
+        prepare_keys(output, pack_fp16_finite(du[0], du[1]), scalars.dy_unit, du_unit);
+        const u32 de = pack_fp16_finite(du[0] * scalars.change_scale, du[1] * scalars.change_scale);
 #pragma unroll
-      for (int n = 0; n < SPREAD; n++) rows[n] = (&moved(step.rows[0][0][0], at_rows))[n];
-      if (fading) multiply(G, step.decay);
-      // G += (k, q) (-de, dy)^T: of the eight terms of the product two are in use, in lanes of t = 0 and t = 1.
-      const u32 outputs = multiply_halves(output, scalars.output_scale) & only_output;
-      add_outer(G, outputs | de & only_change ^ only_change & MINUS, rows);
-      moved(sums(tiles, s + 1, 0).dot[0], at_dot) = add_halves(dot[0], dot[1]);
-      if (t == 0) {
-        moved(step.e[0][0], at_group) = pack_output(-du[0] * du_unit, -du[1] * du_unit);
-        if (BETA) {
-          float low, high;
-          unpack_fp16(own_e, low, high);
-          sums(tiles, s + 1, warp).dot_beta[group] = -(du[0] * low + du[1] * high) * scalars.unit;
+        for (int n = 0; n < SPREAD; n++) rows[n] = (&moved(step.rows[0][0][0], at_rows))[n];
+        if (decltype(fades)::value) multiply(G, step.decay);
+        // G += (k, q) (-de, dy)^T: of the eight terms of the product two are in use, in lanes of t = 0 and t = 1.
+        const u32 outputs = multiply_halves(output, scalars.output_scale) & only_output;
+        add_outer(G, outputs | de & only_change ^ only_change & MINUS, rows);
+        moved(sums(tiles, s + 1, 0).dot[0], at_dot) = add_halves(dot[0], dot[1]);
+        if (t == 0) {
+          moved(step.e[0][0], at_group) = pack_output(-du[0] * du_unit, -du[1] * du_unit);
+          if (BETA) {
+            float low, high;
+            unpack_fp16(own_e, low, high);
+            sums(tiles, s + 1, warp).dot_beta[group] = -(du[0] * low + du[1] * high) * scalars.unit;
+          }
         }
       }
-    }
+    };
+    if (fading) walk(Constant<true>()); else walk(Constant<false>());
     __syncwarp();
     if (segment == 0) finish_keys(-1, unit);
     // Half of each product is nobody's, and need not be kept.

@@ -40,6 +40,10 @@ constexpr int VALUE_TASKS = ((SEGMENT + 1) * WARPS + THREADS - 1) / THREADS;
 // Whether registers allow the next state to be loaded early too.
 constexpr bool EARLY = K <= 64;
 constexpr int REPLAY_UNROLL = REPLAY, WALK_UNROLL = WALK;
+// Whether steps are counted from a constant, so that the counter is one for the warp as far as the compiler sees.
+constexpr bool COUNTED = K > 64;
+template <bool X>
+struct Constant { static constexpr bool value = X; };
 constexpr u32 MINUS = 0x80008000u;
 
 // Where several blocks share a head, each writes float32 parts of dq, dk, dg and dbeta for the host to add; the

@@ -133,11 +133,11 @@ def make_plan(
         if dtype == torch.float32 or not tanh:
             plan = Plan(K, V, dtype, tanh, beta, min(cols, 32), 1, 4, 4, 1, 1, 1)
         elif K <= 16:
-            plan = Plan(K, V, dtype, tanh, beta, cols, 1, 8, 16, 1, 1, 16 * 16 // cols, 7, 2)
+            plan = Plan(K, V, dtype, tanh, beta, cols, 1, 8, 16, 1, 1, 16 * 16 // cols, 7, 8)
         elif K <= 32:
-            segment, chunk, blocks, walk = (16, 32, 4, 4) if heads <= FEW_HEADS else (8, 16, 8, 1)
+            segment, chunk, blocks = (16, 32, 4) if heads <= FEW_HEADS else (8, 16, 8)
             blocks = blocks * 32 // max(cols, 32)
-            plan = Plan(K, V, dtype, tanh, beta, cols, 1, segment, chunk, 1, 1, blocks, 7 if segment == 8 else 5, walk)
+            plan = Plan(K, V, dtype, tanh, beta, cols, 1, segment, chunk, 1, 1, blocks, 7 if segment == 8 else 5, 4)
         elif K <= 64:
             plan = Plan(K, V, dtype, tanh, beta, cols, 1, 7, 14, 1, 1, 3 * 64 // cols, 6)
         else:
