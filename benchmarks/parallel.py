@@ -23,14 +23,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 SIDE_BY_SIDE, EACH_GPU, LOSS = 0.95, 0.925, 1e-3
 COMPARED_STEPS = 10
-MODES = ("ddp", "fsdp")
+SIDE, MODES = "side-by-side", ("ddp", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -104,23 +104,28 @@ class Runs:
 def measure(runs: Runs) -> dict[str, Result]:
     """Every run, by name."""
     count, rows = runs.options.processes, runs.options.batch_size
-    found = {f"alone{gpu}": runs.do(f"alone{gpu}", [gpu], rows=rows) for gpu in range(count)}
-    beside = {f"beside{gpu}": runs.start(f"beside{gpu}", [gpu], rows=rows) for gpu in range(count)}
-    found |= {name: runs.finish(name, process) for name, process in beside.items()}
-    found["parts"] = runs.do("parts", [0], rows=rows * count, parts=count)
-    for mode in MODES:
+    asked = runs.options.ask
+    alone = range(count) if SIDE in asked else range(1)
+    found = {f"alone{gpu}": runs.do(f"alone{gpu}", [gpu], rows=rows) for gpu in alone}
+    if SIDE in asked:
+        beside = {f"beside{gpu}": runs.start(f"beside{gpu}", [gpu], rows=rows) for gpu in range(count)}
+        found |= {name: runs.finish(name, process) for name, process in beside.items()}
+    if modes := [mode for mode in MODES if mode in asked]:
+        found["parts"] = runs.do("parts", [0], rows=rows * count, parts=count)
+    for mode in modes:
         found[mode] = runs.do(mode, list(range(count)), rows=rows * count, mode=mode)
     return {name: result for name, result in found.items() if result is not None}
 
 
-def answers(found: Mapping[str, Result], count: int) -> dict[str, dict[str, Any]]:
+def answers(found: Mapping[str, Result], count: int, asked: Sequence[str]) -> dict[str, dict[str, Any]]:
     """What was asked -> value (None where a run for it failed), limit, and whether it holds."""
     told: dict[str, tuple[float, float, bool]] = {}
-    pairs = [(found.get(f"beside{gpu}"), found.get(f"alone{gpu}")) for gpu in range(count)]
-    shares = [beside.speed / alone.speed if beside and alone else math.nan for beside, alone in pairs]
-    least = math.nan if any(map(math.isnan, shares)) else min(shares)
-    told["side by side: least share of the speed alone"] = (least, SIDE_BY_SIDE, least >= SIDE_BY_SIDE)
-    for mode in MODES:
+    if SIDE in asked:
+        pairs = [(found.get(f"beside{gpu}"), found.get(f"alone{gpu}")) for gpu in range(count)]
+        shares = [beside.speed / alone.speed if beside and alone else math.nan for beside, alone in pairs]
+        least = math.nan if any(map(math.isnan, shares)) else min(shares)
+        told["side by side: least share of the speed alone"] = (least, SIDE_BY_SIDE, least >= SIDE_BY_SIDE)
+    for mode in (mode for mode in MODES if mode in asked):
         both, one, parts = (found.get(name) for name in (mode, "alone0", "parts"))
         ratio = both.speed / one.speed if both and one else math.nan
         told[f"{mode}: times the speed of one GPU"] = (ratio, EACH_GPU * count, ratio >= EACH_GPU * count)
@@ -140,6 +145,7 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=32, help="windows on each GPU")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--ask", nargs="+", choices=(SIDE, *MODES), default=[SIDE, *MODES], help="questions to answer")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, help="where records and the answers are kept")
     options = parser.parse_args()
@@ -150,7 +156,7 @@ def main() -> int:
     finally:
         runs.stop()
         shutil.rmtree(folder, ignore_errors=True)
-    told = answers(found, options.processes)
+    told = answers(found, options.processes, options.ask)
     for name, answer in told.items():
         value = "no result" if answer["value"] is None else f"{answer['value']:.4g}"
         print(f"{'holds' if answer['holds'] else 'FAILS'}  {name}: {value} (limit {answer['limit']:g})")

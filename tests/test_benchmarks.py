@@ -95,11 +95,12 @@ def test_parallel_says_what_fails():
         "alone0": result(100), "alone1": result(90), "beside0": result(99), "beside1": result(80),
         "parts": result(100), "ddp": result(190), "fsdp": result(180, (5.0, 4.1)),
     }  # fmt: skip
-    told = module.answers(found, 2)
+    everything = (module.SIDE, *module.MODES)
+    told = module.answers(found, 2, everything)
     assert [round(answer["value"], 6) for answer in told.values()] == [0.888889, 1.9, 0.0, 1.8, 0.025]
     assert [answer["holds"] for answer in told.values()] == [False, True, True, False, False]
     del found["fsdp"], found["beside1"]
-    told = module.answers(found, 2)
+    told = module.answers(found, 2, everything)
     assert [answer["value"] is None for answer in told.values()] == [True, False, False, True, True]
     assert [answer["holds"] for answer in told.values()] == [False, True, True, False, False]
 
