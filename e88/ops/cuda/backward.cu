@@ -48,7 +48,6 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
 
   // Pointers stay as they came, which saves registers.
   const int at_key = head * K, at_column = head * V + first, at_part = split * tokens + begin;
-
   // At the head of every walk G is the whole gradient of the state it starts from, q dy^T included.
   float G[2][ROWS], query[ROWS], total = 0, unused;
   const int last = begin + length - 1;
@@ -99,7 +98,6 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
     operand[0] = __byte_perm(even, next, 0x5410), operand[1] = __byte_perm(even, next, 0x7632);
     result_unit = odd ? du_unit : dy_unit;
   };
-
   // dq of step s and dk of step s + 1: S_{s+1} times dy_s and times du_{s+1}, and -dP_{s+1} e_{s+1}.
   u32 state[2][WORDS];
   auto finish_keys = [&](int s, const UnitMatrix& unit) {
@@ -110,7 +108,6 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
       if (4 * u + 2 < ROWS || !upper)
         out[rows_apart(u, group)] = (upper ? products[u][2] : products[u][0]) * result_unit;
   };
-
   // What the next segment needs is loaded while this one is written out. Keys go to the first warps, columns to the last.
   const int segments = (length + SEGMENT - 1) / SEGMENT;
   uint4 next_key[KEY_TASKS], next_query[KEY_TASKS];
@@ -215,7 +212,6 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
     }
     store_state(tiles + at_own, lane, state);
     __syncthreads();
-
     float whole;
     const bool fading = choose_units(G, inverse, whole, sm, warp, lane, steps);
     replay(state, sm, tiles + at_own, lane, is_last ? steps : SEGMENT - 1, at_group, only_change, unit_word);
@@ -324,7 +320,6 @@ e88_backward(const element* __restrict__ q, const element* __restrict__ k, const
       }
     if (segment > 0) fetch(segment - 1);
     __syncthreads();
-
     // Rows 1 to SEGMENT of dq and dk, then row 0 of dk, which only the first segment finishes.
     auto store_row = [&](int s, int is_key, int i, bool inside, uint4 raw) {
       float sum[8] = {};
