@@ -37,12 +37,14 @@ def descendants(pid: int) -> list[int]:
     return found + [below for child in found for below in descendants(child)]
 
 
-def disturb(command: list[str], kills: int, draw: random.Random) -> Counter[str]:
-    """Run a command to its end through at most this many kills; how many were of which kind."""
+def disturb(command: list[str], kills: int, draw: random.Random, log: Path) -> Counter[str]:
+    """Run a command to its end through at most this many kills; how many were of which kind. log: what it prints."""
     dealt: Counter[str] = Counter()
     process: subprocess.Popen[bytes] | None = None
     while True:
-        process = process or subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        if process is None:
+            with open(log, "ab") as file:
+                process = subprocess.Popen(command, stdout=file, stderr=file)
         try:
             code = process.wait(draw.uniform(*WAIT) if dealt.total() < kills else None)
         except subprocess.TimeoutExpired:
@@ -59,7 +61,7 @@ def disturb(command: list[str], kills: int, draw: random.Random) -> Counter[str]
                 process = None
             continue
         if code:
-            raise SystemExit(f"{' '.join(command)} ended with {code}")
+            raise SystemExit(f"{' '.join(command)} ended with {code}:\n{log.read_text()[-3000:]}")
         return dealt
 
 
@@ -106,7 +108,8 @@ def main() -> int:
         if not options.undisturbed:
             subprocess.run([*command, "--out", str(calm)], stdout=subprocess.DEVNULL, check=True)
         start = time.perf_counter()
-        dealt = disturb([*command, "--out", str(killed)], options.kills, random.Random(options.seed))
+        log = Path(folder) / "output.txt"
+        dealt = disturb([*command, "--out", str(killed)], options.kills, random.Random(options.seed), log)
         one, other = endings(calm), endings(killed)
         wrong = differences(one, other)
     kinds = ", ".join(f"{count} of {kind}" for kind, count in sorted(dealt.items()))

@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from e88.study.folder import RunFolder
 
+TRIES = 3
 PRELOADED = ["torch._dynamo", "e88.cli", "e88.ops.cpu", "e88.study.worker", "e88.training.loop"]
 
 
@@ -26,10 +27,18 @@ def start_warm(folder: RunFolder, slot: str, threads: int, locks: list[IO[str]])
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     arguments = (str(folder.store.resolve()), folder.id, slot, threads, [_Inherited(lock) for lock in locks])
-    # A daemon: where the scheduler itself fails, its workers are told to stop, not waited for.
-    process = context.Process(target=_work, args=arguments, daemon=True)
-    process.start()
-    return process
+    for tries_left in reversed(range(TRIES)):
+        # A daemon: where the scheduler itself fails, its workers are told to stop, not waited for.
+        process = context.Process(target=_work, args=arguments, daemon=True)
+        try:
+            process.start()
+            return process
+        except (EOFError, OSError):
+            # The server was killed. The next start finds it gone and makes another; should this worker live all the
+            # same, it holds the run's lock, and the next one leaves the run to it.
+            if not tries_left:
+                raise
+    raise AssertionError
 
 
 def _work(store: str, run_id: str, slot: str, threads: int, _locks: list[Any]) -> None:

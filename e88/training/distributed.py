@@ -135,6 +135,14 @@ class Group:
             values /= self.world
         return values
 
+    def norm(self, own: Tensor) -> Tensor:
+        """The norm of what has its parts in all processes, from the norm of this one's part."""
+        if self.world == 1:
+            return own
+        squares = own.square()
+        dist.all_reduce(squares)
+        return squares.sqrt()
+
     def sum(self, values: list[float]) -> list[float]:
         """Sums over processes of numbers on the host."""
         if self.world == 1:

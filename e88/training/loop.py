@@ -184,8 +184,8 @@ def _train_step(run: Run, sampler: WindowSampler) -> str | None:
         with stats.watching() if stats else nullcontext():
             loss = backward(run.nll, windows, config, run.ddp)
         layers = {"layers": stats.read()} if stats else {}
-        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip or math.inf)
-        values = run.group.mean(torch.stack([loss, run.group.whole(norm)])).tolist()
+        norm = run.optimizer.clip(config.clip or math.inf, run.group)
+        values = run.group.mean(torch.stack([loss, norm])).tolist()
         finite = all(math.isfinite(v) for v in values)
         if finite:
             run.optimizer.step()

@@ -173,9 +173,7 @@ def _owner(run: Run, name: str) -> Tensor | None:
     if kind == "trained":
         return run.model.get_parameter(".".join(rest))
     if kind == "optimizer" and rest[1] == "state":
-        groups = run.optimizer.parts[int(rest[0])].param_groups
-        parameters = [parameter for group in groups for parameter in group["params"]]
-        return parameters[int(rest[2])]
+        return run.optimizer.owner(int(rest[0]), int(rest[2]))
     return None
 
 

@@ -11,12 +11,15 @@ import sys
 import time
 from collections import Counter
 from contextlib import suppress
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 from scheduling import Quiet, alive, run, schedule, workers
 
 from e88.data.corpus import open_corpus
+from e88.study import warm
 from e88.study.folder import RunFolder, try_lock
 from e88.study.launchers import LOCKS, Job, LocalLauncher, cpu_slots
 from e88.study.scheduler import KILLS
@@ -180,3 +183,20 @@ def test_a_run_whose_data_changed_is_refused(text: Path, tmp_path: Path) -> None
     changing.write_bytes(text.read_bytes()[::-1])
     record = schedule([planned], tmp_path / "out")[planned.id]
     assert record["status"] == "failed" and "are not those of run" in record["reason"]
+
+
+def test_a_killed_server_of_warm_workers_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of it breaks off while a process is being made."""
+    failures: list[Exception] = [EOFError("unexpected EOF"), BrokenPipeError()]
+
+    def start(_process: Any) -> None:
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(ForkServerProcess, "start", start)
+    monkeypatch.setattr(warm, "PRELOADED", [])
+    folder = RunFolder(tmp_path, "a")
+    assert warm.start_warm(folder, "cpu0", 0, []) is not None and not failures
+    failures += [EOFError()] * warm.TRIES
+    with pytest.raises(EOFError):
+        warm.start_warm(folder, "cpu0", 0, [])
