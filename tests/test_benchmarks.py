@@ -117,3 +117,12 @@ def test_kill_tells_what_a_killed_study_lost():
     killed = {"a": [record(2.0), record(2.0)], "b": [record(2.1)], "c": [record(None, "failed")], "x": [record(2.0)]}
     told = sorted(module.differences(calm, {**killed, "timed": calm["timed"]}))
     assert [line.split()[0] for line in told] == ["a", "b", "c", "d", "x"]
+
+
+def test_the_findings_are_what_the_records_say():
+    module = load("findings")
+    text = module.PAGE.read_text()
+    assert module.TABLE.findall(text) and module.rewritten(text) == text
+    # A figure that is not in a record does not survive.
+    changed = text.replace("1.8375](", "1.7375](")
+    assert changed != text and module.rewritten(changed) == text
