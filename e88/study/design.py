@@ -7,7 +7,8 @@ title, source, data, tokenizer
                    gpus (how many a run is spread over), parallel (ddp or fsdp)
 [budgets.NAME]     for each scale a budget such as {steps = 200}; exclusive = true, or the scales at which its runs
                    are alone on their processor (on a GPU they always are)
-[models.NAME]      see `e88.study.shapes`; training (keys of its runs); for a scale's name, a table to use there
+[models.NAME]      see `e88.study.shapes`; training (keys of its runs; under a scale's name those at that scale alone);
+                   for a scale's name, a table to use there
                    instead; gpus, parallel and seeds, in place of the scale's; vary = {key = [values]} with {key} in
                    NAME makes a grid
 [claims.NAME]      see `e88.study.claims`
@@ -104,9 +105,11 @@ class Study:
         """One run of a model under a budget."""
         if scale.name not in self.budgets[budget]:
             raise UserError(f"the budget '{budget}' says nothing of scale '{scale.name}'; add {scale.name} = {{...}}")
+        given = self.models[model].get("training", {})
+        own = {key: value for key, value in given.items() if key not in self.scales}
         training = {
-            **self.training, **scale.training, **scale.kinds.get(config.mixer.kind, {}),
-            **self.models[model].get("training", {}), "budget": self.budgets[budget][scale.name], "seed": seed,
+            **self.training, **scale.training, **scale.kinds.get(config.mixer.kind, {}), **own,
+            **given.get(scale.name, {}), "budget": self.budgets[budget][scale.name], "seed": seed,
         }  # fmt: skip
         return RunSpec(
             name=model, model=config, training=TrainingConfig.from_dict(training), data=self.data,

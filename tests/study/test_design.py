@@ -83,6 +83,13 @@ def test_an_experiment_has_each_run_once_seed_by_seed(text: Path) -> None:
     assert len({run.id for run in experiment.runs} | {run.id for run in study.at("full").runs}) == 6
 
 
+def test_a_model_may_have_its_own_training_at_all_scales_or_one(text: Path) -> None:
+    own = {"lr": 1e-3, "clip": 0.5, "full": {"lr": 2e-3}}
+    study = parse_study("test", table(models={"a": {"preset": "plan-medium", "training": own}}), data=str(text))
+    found = [study.at(scale).runs[0].spec.training for scale in ("smoke", "full")]
+    assert [(t.lr, t.clip, t.batch_size) for t in found] == [(1e-3, 0.5, 4), (2e-3, 0.5, 4)]
+
+
 def test_a_model_may_have_its_own_number_of_seeds(text: Path) -> None:
     models = {"a": {"preset": "plan-medium", "seeds": 3}, "c": {"preset": "plan-depth16"}}
     claim = {"says": "", "source": "", "lower": ["a", "c"]}
