@@ -5,18 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from e88.baselines.libraries import HALF, PLAIN, choose
+from e88.baselines.libraries import PLAIN, choose
 from e88.layers.mixer import Mixer, State
 from e88.models.config import AttentionConfig
-from e88.ops.backends import installed
+from e88.ops.backends import triton_serves
 from e88.ops.norms import wide, wide_dtype
 
 # cuDNN may refuse an unusual length, such as the rest of an evaluation: flash attention takes that one.
@@ -57,9 +56,7 @@ class Attention(Mixer):
         masked = past > 0 and length > 1
         runs = PLAIN if masked else choose(self.backend, x, cudnn=self._misfit(128, length), flash=self._misfit(256))
         qkv = self.qkv_proj(x).unflatten(-1, (3, self.config.n_heads, self.head_dim))
-        qk, v = qkv.split([2, 1], dim=2)
-        q, k = rotate(qk, past, self.config.rope_theta).permute(2, 0, 3, 1, 4)
-        v = v.squeeze(2).transpose(1, 2)
+        q, k, v = split(qkv, past, self.config.rope_theta)
         if state is not None:
             k, v = torch.cat([state["k"].to(k.dtype), k], dim=2), torch.cat([state["v"].to(v.dtype), v], dim=2)
         if masked:
@@ -88,29 +85,32 @@ class Attention(Mixer):
         return {"k": empty, "v": empty.clone()}
 
 
+def split(qkv: Tensor, start: int, theta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv [B, T, 3, H, K] -> q and k rotated from position `start` on, and v, [B, H, T, K] each."""
+    if triton_serves(qkv):
+        from e88.ops.triton.rotary import split_rotated
+
+        tables = _turns(start, qkv.shape[1], qkv.shape[-1] // 2, theta, qkv.device, torch.float32)
+        q, k, v = (part.transpose(1, 2) for part in split_rotated(qkv, *tables))
+        return q, k, v
+    qk, v = qkv.split([2, 1], dim=2)
+    q, k = rotate(qk, start, theta).permute(2, 0, 3, 1, 4)
+    return q, k, v.squeeze(2).transpose(1, 2)
+
+
 def rotate(x: Tensor, start: int, theta: float) -> Tensor:
     """x [B, T, ..., K] with each pair (x_2i, x_2i+1) turned by (start + t) * theta^(-2i / K); keeps the dtype."""
     count = x.shape[-1] // 2
     tables = _turns(start, x.shape[1], count, theta, x.device, wide_dtype(x.dtype))
     cos, sin = (table.view(-1, *[1] * (x.ndim - 3), count) for table in tables)
+    pairs = wide(x).unflatten(-1, (-1, 2))
     if x.device.type == "cpu":
         # A turn is a complex product: a third of the time of the same in real parts, on a CPU.
-        pairs = torch.view_as_complex(wide(x).unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
-    # To compile takes seconds, which pay in training alone.
-    turn = _compiled_turn() if x.requires_grad and x.dtype in HALF else _turn
-    return turn(x, cos, sin)
-
-
-@cache
-def _compiled_turn() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    return torch.compile(_turn, dynamic=True) if installed("triton") else _turn
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The rotation in real parts, which a compiler makes one pass of."""
-    a, b = wide(x).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+    else:
+        a, b = pairs.unbind(-1)
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    return turned.flatten(-2).to(x.dtype)
 
 
 @lru_cache(maxsize=8)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from e88.ops import few_rows
-from e88.ops.backends import installed
+from e88.ops.backends import triton_serves
 from e88.ops.norms import compute_dtype, rms_norm
 
 
@@ -41,7 +41,7 @@ class ResidualRMSNorm(RMSNorm):
         The stream keeps h's dtype; the norm comes in the dtype that projections compute in. One pass over both on a
         GPU.
         """
-        if h.is_cuda and h.dtype != torch.float64 and installed("triton"):
+        if triton_serves(h):
             from e88.ops.triton.norm import add_rms_norm
 
             return add_rms_norm(h, update, self.weight, self.eps, compute_dtype(h))
@@ -116,7 +116,7 @@ def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | No
     lies, as part of a wider row too, and sums in float32 with the filters as they are, under autocast too.
     """
     length, past = x.shape[1], weight.shape[2] - 1
-    kernel = x.is_cuda and x.dtype != torch.float64 and installed("triton")
+    kernel = triton_serves(x)
     if tail is not None and length == 1:
         if kernel and not torch.is_grad_enabled():
             from e88.ops.triton.conv import conv_step

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from e88.layers.common import ResidualRMSNorm
 from e88.layers.mixer import State, build_mixer
 from e88.models.config import ModelConfig
+from e88.ops.backends import triton_serves
 from e88.ops.norms import wide
 
 LMState = list[State]
@@ -31,7 +32,12 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        gate_up = self.gate_up_proj(x)
+        if triton_serves(gate_up):
+            from e88.ops.triton.swiglu import swiglu
+
+            return self.down_proj(swiglu(gate_up))
+        gate, up = gate_up.chunk(2, dim=-1)
         return self.down_proj(F.silu(gate) * up)
 
 

@@ -48,6 +48,11 @@ def _found(package: str) -> bool:
 installed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def triton_serves(x: torch.Tensor) -> bool:
+    """Whether the Triton kernels of a layer's other parts, which compute in float32, take x: wherever they can run."""
+    return x.is_cuda and x.dtype != torch.float64 and installed("triton")
+
+
 def _numba_supports(problem: Problem) -> str | None:
     if problem.device != "cpu":
         return f"runs on CPU tensors only, not on {problem.device}"

@@ -63,22 +63,23 @@ def differentiable(
     results: Callable[[Operands, bool], Results],
     forward: Callable[[Operands, Results], None],
     keep: Callable[[Operands, Results], Saved],
-    gradients: Callable[[Tensor, Tensor | None, Saved], Gradients],
-    backward: Callable[[Tensor, Tensor | None, Saved, Gradients], None],
+    gradients: Callable[..., Gradients],
+    backward: Callable[..., None],
     unpack: Callable[[Saved, Gradients], tuple[Tensor | None, ...]] = lambda kept, found: found,
+    outputs: int = 2,
     **options: Any,
-) -> Callable[[Operands], tuple[Tensor, Tensor]]:
-    """The function that two kernels compute, from operands to the first two of the results.
+) -> Callable[[Operands], Any]:
+    """The function that two kernels compute, from operands to the first `outputs` of the results.
 
     Args:
         name: of the operators, NAME_forward and NAME_backward; `options` are those of `torch.library.custom_op`.
         operands, saved: what `forward` and `backward` read. Both begin with their tensors, and with one that is never
             None.
-        results: allocates what `forward` fills in: two results, the second perhaps None, and only if asked for, what
-            `backward` needs, else None.
+        results: allocates what `forward` fills in: the outputs, any but the first perhaps None, and only if asked for,
+            what `backward` needs, else None.
         keep: picks what is saved for `backward`, if anything.
-        gradients: allocates what `backward` fills in, given the gradients of the first result and of the second
-            (perhaps None), and what was saved. No two of them share memory.
+        gradients: allocates what `backward` fills in, given the gradients of the outputs (any but the first perhaps
+            None), and what was saved. No two of them share memory.
         unpack: the gradients of the operands that have any, in order, from those.
     """
     hints = get_type_hints(saved)
@@ -89,8 +90,9 @@ def differentiable(
         forward(x, found := results(x, save))
         return found
 
-    def derive(dy: Tensor, dother: Tensor | None, x: Saved) -> Gradients:
-        backward(dy, dother, x, found := gradients(dy, dother, x))
+    def derive(*given: Any) -> Gradients:
+        """Given the outputs' gradients and what was saved."""
+        backward(*given, found := gradients(*given))
         return found
 
     def remember(ctx: Any, x: Operands, found: Results) -> None:
@@ -99,9 +101,9 @@ def differentiable(
         ctx.save_for_backward(*kept[:tensors])
         ctx.numbers, ctx.shape = kept[tensors:], found[0].shape
 
-    def walk(ctx: Any, derive: Function, dy: Tensor | None, dother: Tensor | None) -> tuple[Tensor | None, ...]:
+    def walk(ctx: Any, derive: Function, dy: Tensor | None, *dothers: Tensor | None) -> tuple[Tensor | None, ...]:
         x = saved(*ctx.saved_tensors, *ctx.numbers)
-        found = unpack(x, derive(x[0].new_zeros(ctx.shape) if dy is None else dy, dother, x))
+        found = unpack(x, derive(x[0].new_zeros(ctx.shape) if dy is None else dy, *dothers, x))
         return *found, *[None] * (len(ctx.needs_input_grad) - len(found))
 
     traced_forward = _registered(
@@ -114,9 +116,9 @@ def differentiable(
     )
     traced_backward = _registered(
         f"{name}_backward",
-        lambda dy, dother, *kept: derive(dy, dother, saved(*kept)),
-        lambda dy, dother, *kept: gradients(dy, dother, saved(*kept)),
-        {"dy": Tensor, "dother": Tensor | None, **hints},
+        lambda *values: derive(*values[:outputs], saved(*values[outputs:])),
+        lambda *values: gradients(*values[:outputs], saved(*values[outputs:])),
+        {"dy": Tensor, **{f"dother{i}": Tensor | None for i in range(1, outputs)}, **hints},
         make_gradients,
         **options,
     )
@@ -124,31 +126,31 @@ def differentiable(
     def restored(make: Function, found: tuple[Tensor, ...]) -> Any:
         return make(*(None if x.shape == NONE else x for x in found))
 
-    def derive_traced(dy: Tensor, dother: Tensor | None, x: Saved) -> Gradients:
-        return restored(make_gradients, traced_backward(dy, dother, *x))
+    def derive_traced(*given: Any) -> Gradients:
+        return restored(make_gradients, traced_backward(*given[:-1], *given[-1]))
 
     traced_forward.register_autograd(
-        lambda ctx, dy, dother, *_: walk(ctx, derive_traced, dy, dother),
+        lambda ctx, *gradients: walk(ctx, derive_traced, *gradients[:outputs]),
         setup_context=lambda ctx, inputs, output: remember(ctx, operands(*inputs[:-1]), restored(make_results, output)),
     )
 
     class Eager(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *values: Any) -> tuple[Tensor, Tensor]:
+        def forward(ctx: Any, *values: Any) -> tuple[Tensor, ...]:
             x = operands(*values)
             found = compute(x, True)
             remember(ctx, x, found)
-            return found[0], found[1]
+            return tuple(found[:outputs])
 
         @staticmethod
-        def backward(ctx: Any, dy: Tensor | None, dother: Tensor | None) -> tuple[Tensor | None, ...]:
+        def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
             # Autograd records what it may differentiate again; the operator's results refuse that, kernels' would not.
-            return walk(ctx, derive_traced if torch.is_grad_enabled() else derive, dy, dother)
+            return walk(ctx, derive_traced if torch.is_grad_enabled() else derive, *gradients)
 
-    def call(x: Operands) -> tuple[Tensor, Tensor]:
+    def call(x: Operands) -> tuple[Tensor, ...]:
         save = torch.is_grad_enabled() and any(isinstance(u, Tensor) and u.requires_grad for u in x)
         if torch.compiler.is_compiling():
-            return traced_forward(*x, save)[:2]
-        return Eager.apply(*x) if save else compute(x, False)[:2]
+            return tuple(traced_forward(*x, save)[:outputs])
+        return Eager.apply(*x) if save else tuple(compute(x, False)[:outputs])
 
     return call
