@@ -21,6 +21,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from e88.report.study import estimate_text, scale_text
+from e88.study.claims import Claim
+from e88.study.statistics import Estimate
+from e88.study.verdict import Verdict
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "findings.md"
 TABLE = re.compile(r"(<!-- (models|claims) (\S+) (\S+)(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -69,22 +74,16 @@ def claims(folder: str, scale: str, patterns: str) -> Iterator[str]:
     page = f"../results/{folder}/study-{scale}.html"
     yield "| Finding | Where | Verdict | Figure (95 %) | At |"
     yield "|---|---|---|---|---|"
-    for verdict in report["verdicts"]:
-        claim, estimate = verdict["claim"], verdict["estimate"]
-        if not any(fnmatchcase(claim["name"], pattern) for pattern in wanted):
+    for told in report["verdicts"]:
+        estimate = told["estimate"] and Estimate(**told["estimate"])
+        verdict = Verdict(**{**told, "claim": Claim(**told["claim"]), "estimate": estimate})
+        claim = verdict.claim
+        if not any(fnmatchcase(claim.name, pattern) for pattern in wanted):
             continue
-        figure = verdict["reason"]
-        if estimate:
-            figure = f"{estimate['mean']:.4g}"
-            if estimate["low"] is not None and estimate["low"] < estimate["high"]:
-                figure += f" ({estimate['low']:.4g} to {estimate['high']:.4g})"
-            figure += f" {verdict['unit']}".replace("heldout_bpb", "bits per byte").replace("_", " ")
-            if verdict["threshold"]:
-                figure += f", against {verdict['threshold']:.4g}"
-        at = ", ".join(part for part in (verdict["scale"], verdict["at"]) if part)
-        seeds = "" if verdict["scale"] == "exact" else f", {verdict['seeds']} seed{'s' * (verdict['seeds'] != 1)}"
-        outcome = f"[{verdict['outcome']}]({page}#claim-{claim['name']})"
-        cells = [claim["says"], claim["source"], outcome, figure, at + seeds]
+        seeds = "" if verdict.scale == "exact" else f", {verdict.seeds} seed{'s' * (verdict.seeds != 1)}"
+        outcome = f"[{verdict.outcome}]({page}#claim-{claim.name})"
+        figure = estimate_text(verdict) or verdict.reason
+        cells = [claim.says, claim.source, outcome, figure, scale_text(verdict) + seeds]
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
