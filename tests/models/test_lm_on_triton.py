@@ -7,11 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
-import re
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -101,12 +97,8 @@ class TestTransformer:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
-def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not gpu", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
-    assert done.returncode == 0, done.stdout
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) == 4
+def test_in_the_interpreter(passed_in_the_interpreter: Callable[[str], int]) -> None:
+    assert passed_in_the_interpreter(__file__) == 4
 
 
 @pytest.mark.gpu

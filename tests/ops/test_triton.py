@@ -7,12 +7,8 @@ runs them again in a process of their own, where TRITON_INTERPRET is set and the
 from __future__ import annotations
 
 import os
-import re
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import machine_code
 import pytest
@@ -27,6 +23,7 @@ triton = pytest.importorskip("triton")
 from e88.ops.triton import kernels  # noqa: E402
 from e88.ops.triton.recurrence import make_plan, run  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("poison")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # Exponentials may overflow to infinity, of which the interpreter's numpy would warn.
@@ -35,17 +32,6 @@ on_gpu = pytest.mark.gpu
 compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 SEGMENT = make_plan(32, 32, torch.float32, True, True).segment
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}
-
-
-@pytest.fixture(autouse=True)
-def poison() -> Iterator[None]:
-    """Uninitialised memory holds NaN, so that a number nobody wrote cannot pass."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(deterministic)
 
 
 def on(device: str, x: Operands) -> Operands:
@@ -211,13 +197,9 @@ def test_long_wide_and_many_heads(shape: tuple[int, ...], dtype: torch.dtype) ->
 
 
 @compiled
-def test_the_same_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
-    assert done.returncode == 0, done.stdout
+def test_the_same_in_the_interpreter(passed_in_the_interpreter: Callable[[str], int]) -> None:
     # Had the tests been deselected, they would have passed too.
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 40
+    assert passed_in_the_interpreter(__file__) >= 40
 
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32)}

@@ -7,11 +7,7 @@ runs them again in a process of their own, where TRITON_INTERPRET is set and the
 from __future__ import annotations
 
 import os
-import re
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import machine_code
 import pytest
@@ -25,23 +21,13 @@ triton = pytest.importorskip("triton")
 from e88.ops.triton import conv as kernels  # noqa: E402
 from e88.ops.triton.conv import RUN, SHORT_RUN, causal_conv, conv_step  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("poison")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 on_device = (lambda test: test) if INTERPRETED else pytest.mark.gpu
 compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 # One rounding of a result to its dtype.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
-
-
-@pytest.fixture(autouse=True)
-def poison() -> Iterator[None]:
-    """Uninitialised memory holds NaN, so that a number nobody wrote cannot pass."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(deterministic)
 
 
 def operands(
@@ -201,13 +187,9 @@ def test_short_conv_treats_dtypes_and_tails_as_on_a_cpu(T: int, autocast: bool) 
 
 
 @compiled
-def test_the_same_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not gpu", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
-    assert done.returncode == 0, done.stdout
+def test_the_same_in_the_interpreter(passed_in_the_interpreter: Callable[[str], int]) -> None:
     # Had the tests been deselected, they would have passed too.
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 60
+    assert passed_in_the_interpreter(__file__) >= 60
 
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32)}

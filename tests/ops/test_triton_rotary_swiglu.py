@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import machine_code
@@ -27,6 +24,7 @@ triton = pytest.importorskip("triton")
 
 from e88.ops.triton import rotary, swiglu  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("poison")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 on_device = (lambda test: test) if INTERPRETED else pytest.mark.gpu
@@ -35,17 +33,6 @@ compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles noth
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 dtypes = pytest.mark.parametrize("dtype", list(TOLERANCE))
 START, THETA = 1000, 500.0
-
-
-@pytest.fixture(autouse=True)
-def poison() -> Iterator[None]:
-    """Uninitialised memory holds NaN, so that a number nobody wrote cannot pass."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(deterministic)
 
 
 def in_a_wider_row(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -197,13 +184,9 @@ def test_compiles_as_one_graph(f: Function) -> None:
 
 
 @compiled
-def test_the_same_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not gpu", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
-    assert done.returncode == 0, done.stdout
+def test_the_same_in_the_interpreter(passed_in_the_interpreter: Callable[[str], int]) -> None:
     # Had the tests been deselected, they would have passed too.
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 90
+    assert passed_in_the_interpreter(__file__) >= 90
 
 
 @pytest.mark.gpu
