@@ -8,9 +8,8 @@ title, source, data, tokenizer
 [budgets.NAME]     for each scale a budget such as {steps = 200}; exclusive = true, or the scales at which its runs
                    are alone on their processor (on a GPU they always are)
 [models.NAME]      see `e88.study.shapes`; training (keys of its runs; under a scale's name those at that scale alone);
-                   for a scale's name, a table to use there
-                   instead; gpus, parallel and seeds, in place of the scale's; vary = {key = [values]} with {key} in
-                   NAME makes a grid
+                   for a scale's name, a table to use there instead; gpus, parallel and seeds, in place of the
+                   scale's; vary = {key = [values]} with {key} in NAME makes a grid
 [claims.NAME]      see `e88.study.claims`
 """
 

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from multiprocessing import reduction
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -27,18 +28,19 @@ def start_warm(folder: RunFolder, slot: str, threads: int, locks: list[IO[str]])
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     arguments = (str(folder.store.resolve()), folder.id, slot, threads, [_Inherited(lock) for lock in locks])
-    for tries_left in reversed(range(TRIES)):
+
+    def start() -> BaseProcess:
         # A daemon: where the scheduler itself fails, its workers are told to stop, not waited for.
         process = context.Process(target=_work, args=arguments, daemon=True)
-        try:
-            process.start()
-            return process
-        except (EOFError, OSError):
-            # The server was killed. The next start finds it gone and makes another; should this worker live all the
-            # same, it holds the run's lock, and the next one leaves the run to it.
-            if not tries_left:
-                raise
-    raise AssertionError
+        process.start()
+        return process
+
+    for _ in range(TRIES - 1):
+        # Where the server was killed, the next start finds it gone and makes another; should this worker live all the
+        # same, it holds the run's lock, and the next one leaves the run to it.
+        with suppress(EOFError, OSError):
+            return start()
+    return start()
 
 
 def _work(store: str, run_id: str, slot: str, threads: int, _locks: list[Any]) -> None:

@@ -136,8 +136,8 @@ class Group:
         return values
 
     def norm(self, own: Tensor) -> Tensor:
-        """The norm of what has its parts in all processes, from the norm of this one's part."""
-        if self.world == 1:
+        """The norm of all gradients, from that of what this process holds: under FSDP a part of them."""
+        if self.mode != "fsdp":
             return own
         squares = own.square()
         dist.all_reduce(squares)

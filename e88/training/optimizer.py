@@ -94,8 +94,7 @@ class Optimizer:
         """Scale the gradient down to norm `limit` where it is longer; its norm over all processes' shards, before."""
         for shard, whole in self._whole.items():
             shard.grad = None if whole.grad is None else whole.grad.to_local()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self._stepped if p.grad is not None])
-        norm = group.norm(norm) if self._whole else norm
+        norm = group.norm(torch.nn.utils.get_total_norm([p.grad for p in self._stepped if p.grad is not None]))
         torch.nn.utils.clip_grads_with_norm_(self._stepped, limit, norm)
         return norm
 

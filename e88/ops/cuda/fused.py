@@ -14,7 +14,7 @@ from torch import Tensor
 from e88.ops.cuda.launch import checkpoint_rows, column, evenly_spaced, launch, plan_for, rows
 from e88.ops.cuda.plan import Edges, Plan
 from e88.ops.differentiable import differentiable
-from e88.ops.operands import sequences
+from e88.ops.operands import add_parts, parts_of, sequences
 
 FINISH_THREADS = 128
 ALIGN = 64
@@ -172,10 +172,9 @@ def _backward(dy: Tensor, dfinal: Tensor | None, x: Saved, out: Gradients) -> No
     _, dgate, da, db = _pieces(x, out)
     dq: Tensor | int = raw_dq
     dk: Tensor | int = raw_dk
-    dscalars = [da, db]
+    dscalars = parts_of([da, db], splits)
     if splits > 1:
         dq, dk = (qkv.new_empty(splits, B, T, H * x.K, dtype=torch.float32) for _ in range(2))
-        dscalars = [None if u is None else u.new_empty(splits, B, T, H, dtype=torch.float32) for u in (a, b)]
     shares = None if out.vectors is None else out.vectors.new_empty(2, N * splits, H)
     inputs = [q, k, x.written, a, b, ends, x.checkpoints, rows(dy), final, v, A_log, dt_bias, gate, x.ungated]
     gradients = [dq, dk, dv if tied else raw_dv, *dscalars, out.initial_state, dgate, shares]
@@ -189,9 +188,7 @@ def _backward(dy: Tensor, dfinal: Tensor | None, x: Saved, out: Gradients) -> No
         numbers = [qkv.stride(1), qkv.stride(1), out.packed.stride(1), B * T, H]
         grid = -(-lanes // FINISH_THREADS), FINISH_THREADS
         launch("finish", plan, True, qkv.device, grid, [q, k, dq, dk, raw_dq, raw_dk], numbers)
-        for total, parts in zip((da, db), dscalars, strict=True):
-            if total is not None and parts is not None:
-                total.copy_(parts.sum(0))
+    add_parts([da, db], dscalars)
     if tied:
         out.packed[..., H * x.K : width] += dv
     if shares is not None:

@@ -260,7 +260,6 @@ class Operands(NamedTuple):
 
 class Results(NamedTuple):
     y: Tensor
-    nothing: Tensor | None = None
 
 
 class Saved(NamedTuple):
@@ -296,13 +295,13 @@ def _keep(x: Operands, out: Results) -> Saved:
     return Saved(x.x, x.weight, x.tail, None if x.bias is None else x.bias.dtype)
 
 
-def _gradients(dy: Tensor, _: Tensor | None, x: Saved) -> Gradients:
+def _gradients(dy: Tensor, x: Saved) -> Gradients:
     dx, dweight = (u.new_empty(u.shape) for u in (x.x, x.weight))
     dbias = None if x.bias_dtype is None else dx.new_empty(dx.shape[2], dtype=x.bias_dtype)
     return Gradients(dx, dweight, dbias, None if x.tail is None else x.tail.new_empty(x.tail.shape))
 
 
-def _backward(dy: Tensor, _: Tensor | None, saved: Saved, out: Gradients) -> None:
+def _backward(dy: Tensor, saved: Saved, out: Gradients) -> None:
     dy, x, weight = _strided(dy), _strided(saved.x), saved.weight.contiguous()
     tail = None if saved.tail is None else saved.tail.contiguous()
     if x.numel() == 0:
@@ -323,4 +322,6 @@ def _backward(dy: Tensor, _: Tensor | None, saved: Saved, out: Gradients) -> Non
         out.bias.copy_(sums[width])
 
 
-_run = differentiable("e88::causal_conv", Operands, Saved, _results, _forward, _keep, _gradients, _backward)
+_run = differentiable(
+    "e88::causal_conv", Operands, Saved, _results, _forward, _keep, _gradients, _backward, outputs=1
+)

@@ -75,7 +75,6 @@ class Operands(NamedTuple):
 
 class Results(NamedTuple):
     y: Tensor
-    nothing: Tensor | None = None
 
 
 class Saved(NamedTuple):
@@ -102,15 +101,15 @@ def _keep(x: Operands, out: Results) -> Saved:
     return Saved(x.gate_up)
 
 
-def _gradients(dy: Tensor, _: Tensor | None, x: Saved) -> Gradients:
+def _gradients(dy: Tensor, x: Saved) -> Gradients:
     return Gradients(x.gate_up.new_empty(x.gate_up.shape))
 
 
-def _backward(dy: Tensor, _: Tensor | None, x: Saved, out: Gradients) -> None:
+def _backward(dy: Tensor, x: Saved, out: Gradients) -> None:
     if dy.numel():
         dy, gate_up = _rows(dy), _rows(x.gate_up)
         grid, options = _launch(gate_up)
         backward_kernel[grid](dy, gate_up, out.gate_up, dy.shape[1], dy.stride(0), gate_up.stride(0), **options)
 
 
-_run = differentiable("e88::swiglu", Operands, Saved, _results, _forward, _keep, _gradients, _backward)
+_run = differentiable("e88::swiglu", Operands, Saved, _results, _forward, _keep, _gradients, _backward, outputs=1)
