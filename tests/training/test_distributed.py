@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -181,6 +182,39 @@ def test_a_killed_process_ends_the_run_with_one_line_and_it_goes_on_in_one(text,
     assert [e["loss"] for e in entries(run)] == pytest.approx(
         [e["loss"] for e in entries(tmp_path / "whole")], rel=1e-3
     )
+
+
+def test_two_nodes_make_one_run_and_the_first_alone_writes(text, corpus, tmp_path):
+    """As torchrun starts a process on each of two nodes that share no folder."""
+    spec = tmp_path / "spec.toml"
+    spec.write_text(
+        "[model]\ndim = 16\ndepth = 2\n[model.mixer]\nkind = 'e88'\nn_heads = 2\nn_state = 8\n"
+        "[training]\nbatch_size = 4\nwindow = 16\nheldout_bytes = 2000\nbudget = {steps = 4}\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "e88", "train", str(spec), "--data", str(text), "--device", "cpu", "--out", "run"]
+    nodes = []
+    for rank, name in enumerate("ab"):
+        (tmp_path / name).mkdir()
+        given = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "OMP_NUM_THREADS": "1"}
+        given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "E88_CACHE": str(tmp_path / name / "cache")}
+        nodes.append(
+            subprocess.Popen(
+                [*command, "--parallel", "fsdp"], cwd=tmp_path / name, env={**os.environ, **given},
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )
+        )  # fmt: skip
+    said = [node.communicate(timeout=120)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    run = tmp_path / "a" / "run"
+    assert json.loads((run / "record.json").read_text())["environment"]["parallel"]["world"] == 2
+    assert not (tmp_path / "b" / "run").exists()
+    one = make_spec(str(spec), {})
+    train(one.model, one.training, corpus, tmp_path / "one")
+    for key in ("loss", "grad_norm"):
+        assert [e[key] for e in entries(run)] == pytest.approx([e[key] for e in entries(tmp_path / "one")], rel=1e-4)
 
 
 def workers(pid):

@@ -38,13 +38,13 @@ def turn_kernel(
     R: int,
     T: int,
     H: int,
-    q_row: int,
+    q_row: tl.tensor,
     q_step: int,
     q_head: int,
-    k_row: int,
+    k_row: tl.tensor,
     k_step: int,
     k_head: int,
-    v_row: int,
+    v_row: tl.tensor,
     v_step: int,
     v_head: int,
     new_step: int,
@@ -56,7 +56,8 @@ def turn_kernel(
     """new_q, new_k = q, k turned by their positions, against them where BACK; new_v = v.
 
     Heads of K elements lie anywhere in q, k and v (_row: a sequence on, _step: a token on); in the results those of a
-    token lie side by side and tokens new_step apart. cos, sin [T, K / 2] float32.
+    token lie side by side and tokens new_step apart. cos, sin [T, K / 2] float32. (What is annotated `int` has 32 bits;
+    a step from sequence to sequence may want 64.)
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     token = row // H
