@@ -130,8 +130,10 @@ class ModelConfig:
 
     dim: width of the residual stream. vocab_size: 256 for bytes. mlp_hidden: inner width of the MLP, 0 for none.
     output_gain: what the final norm's weight, and with it the logits, begins at; 0 for min(1, 256 / dim), the output
-    multiplier of muP (Yang et al., 2022) for a base width of 256. At 1, as in January, the tied head of a wide model
-    begins by predicting each token to follow itself.
+    multiplier of muP (Yang et al., 2022) for a base width of 256.
+    branch_gain: what the output projections of mixers and MLPs begin at, over their usual size. Where branches add little
+    to the residual stream, the tied head of a wide model begins by predicting each token to follow itself: either gain
+    is a remedy.
     """
 
     dim: int
@@ -139,11 +141,13 @@ class ModelConfig:
     mixer: MixerConfig
     vocab_size: int = 256
     mlp_hidden: int = field(default=0)
-    output_gain: float = 0.0
+    output_gain: float = 1.0
+    branch_gain: float = 1.0
 
     def __post_init__(self) -> None:
         _positive(self, "dim", "depth", "vocab_size")
         _require(0 <= self.output_gain <= 100, f"output_gain must be from 0 (by width) to 100, got {self.output_gain}")
+        _require(0 < self.branch_gain <= 100, f"branch_gain must be above 0, at most 100, got {self.branch_gain}")
         _require(isinstance(self.mlp_hidden, int) and self.mlp_hidden >= 0, "mlp_hidden must be an integer >= 0")
         mixer = self.mixer
         if isinstance(mixer, Mamba2Config):
@@ -162,6 +166,9 @@ class ModelConfig:
         """Plain JSON-able form; `from_dict` gives back an equal config."""
         data = dataclasses.asdict(self)
         data["mixer"] = {"kind": self.mixer.kind, **data["mixer"]}
+        if self.branch_gain == 1:
+            # Runs of the time before this option keep their ids.
+            del data["branch_gain"]
         return data
 
     @classmethod

@@ -99,14 +99,14 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Embedding N(0, 0.02); each branch's output projection shrunk by sqrt(branches), as GPT-2 does; the final
-        norm's weight as the config's `output_gain` says."""
+        """Embedding N(0, 0.02); each branch's output projection shrunk by sqrt(branches), as GPT-2 does; both gains as
+        the config says."""
         nn.init.normal_(self.embedding.weight, std=INIT_STD)
         nn.init.constant_(self.norm.weight, self.config.output_gain or min(1.0, BASE_DIM / self.config.dim))
         branches = self.config.depth * (2 if self.config.mlp_hidden else 1)
         for name, module in self.named_modules():
             if name.rsplit(".", 1)[-1] in RESIDUAL_OUTPUTS and isinstance(module, nn.Linear):
-                module.weight.mul_(1 / math.sqrt(branches))
+                module.weight.mul_(self.config.branch_gain / math.sqrt(branches))
 
     def set_backend(self, name: str) -> None:
         """Have every mixer that runs on the package's operator use this backend."""

@@ -22,7 +22,7 @@ from e88.sizing.presets import preset
 from e88.sizing.solve import TOLERANCE, matched, mixer_kind, solve
 from e88.sizing.units import parse_count
 
-MODEL_KEYS = ("dim", "depth", "vocab_size", "mlp_hidden", "output_gain")
+MODEL_KEYS = ("dim", "depth", "vocab_size", "mlp_hidden", "output_gain", "branch_gain")
 SOLVED_KEYS = ("dim", "depth", "n_heads", "n_state")
 WIDTH_STEP = 8
 

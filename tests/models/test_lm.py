@@ -48,16 +48,33 @@ def test_teacher_forced_stepping_equals_the_parallel_pass(mixer):
     assert error(m(tokens[:, 6:], reached), whole[:, 6:]) < 1e-9
 
 
-def test_a_wide_model_begins_with_an_even_guess():
-    """With a tied head, a small update of the stream and a gain of 1 it begins by predicting its own input."""
+def test_a_wide_model_begins_with_an_even_guess_where_a_gain_sees_to_it():
+    """With a tied head and a small update of the stream it begins by predicting its own input."""
     mixer = E88Config(n_heads=32, n_state=32, gate=True, conv=4)
     windows = torch.randint(256, (2, 33))
-    losses = [
-        model(mixer, torch.float32, dim=1024, mlp_hidden=0, output_gain=gain).nll(windows).mean().item()
-        for gain in (0.0, 1.0)
-    ]
-    assert losses[0] < math.log(256) + 0.5 and losses[1] > math.log(256) + 3
-    assert model(mixer, dim=256).norm.weight.eq(1).all()
+
+    def first_loss(**gains: float) -> float:
+        return model(mixer, torch.float32, dim=1024, mlp_hidden=0, **gains).nll(windows).mean().item()
+
+    assert first_loss() > math.log(256) + 3
+    assert first_loss(output_gain=0.0) < math.log(256) + 0.5 and first_loss(branch_gain=8.0) < math.log(256) + 1
+    assert model(mixer, dim=256, output_gain=0.0).norm.weight.eq(1).all()
+
+
+@pytest.mark.parametrize("mixer", MIXERS, ids=lambda c: c.kind)
+def test_a_branch_gain_scales_what_branches_add_and_nothing_else(mixer):
+    one, four = (dict(model(mixer, branch_gain=gain).named_parameters()) for gain in (1.0, 4.0))
+    scaled = {name for name in one if not torch.equal(one[name], four[name])}
+    assert all(torch.equal(four[name], one[name] * 4) for name in scaled)
+    last = "out_proj" if mixer.kind == "mamba2" else "o_proj"
+    assert scaled == {f"blocks.{i}.{part}.weight" for i in (0, 1) for part in (f"mixer.{last}", "mlp.down_proj")}
+
+
+def test_runs_keep_their_ids_where_branches_have_no_gain():
+    config = ModelConfig(dim=16, depth=1, mixer=MIXERS[0])
+    assert "branch_gain" not in config.to_dict()
+    other = ModelConfig(dim=16, depth=1, mixer=MIXERS[0], branch_gain=2.0)
+    assert ModelConfig.from_dict(other.to_dict()) == other and ModelConfig.from_dict(config.to_dict()) == config
 
 
 @pytest.mark.parametrize("mixer", MIXERS, ids=lambda c: c.kind)
