@@ -7,7 +7,11 @@ is shared before anybody acts on it. The first process alone writes and prints.
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
+import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -27,6 +31,8 @@ from e88.training.config import MODES, TrainingConfig
 T = TypeVar("T")
 # Parts of the model that FSDP gathers one after the other.
 UNITS = 8
+# Of the models that this process has sharded.
+_meshes: list[Any] = []
 
 
 class RanksLost(Exception):
@@ -91,6 +97,7 @@ class Group:
         # It warns of views among a module's outputs, on which in-place changes would go wrong. Nothing makes any.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
         mesh = init_device_mesh(self.device.type, (self.world,))
+        _meshes.append(mesh)
         with keep_decay_exemptions(model):
             # Gathering costs the host about a millisecond a time, more than a small block takes the device.
             size = -(-len(model.blocks) // UNITS)
@@ -245,12 +252,31 @@ def joined(device: str = "auto", mode: str | None = None) -> Iterator[Group]:
         return
     if where.type == "cuda":
         where = _own_gpu()
+    # The defaults of its functions are the group that there is when it is first imported, which they would keep.
+    importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo")
     try:
         backend = "nccl" if where.type == "cuda" else "gloo"
         yield Group(where, dist.get_rank(), dist.get_world_size(), mode or "ddp", backend)
     finally:
+        _let_go(sys.exc_info()[1])
         dist.destroy_process_group()
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Drop what holds the group besides torch: sharded models, in an error's frames too, and their meshes, which torch's
+    caches keep.
+
+    gloo's threads live as long as the group, and one of them that lets go of a tensor while the interpreter ends
+    aborts the process.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+    gc.collect()
+    for mesh in _meshes:
+        vars(mesh).get("_pg_registry", {}).clear()
+    _meshes.clear()
 
 
 def _own_gpu() -> torch.device:

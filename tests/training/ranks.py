@@ -1,6 +1,7 @@
 """What two processes do for test_distributed.py: `torchrun --nproc-per-node 2 ranks.py TEXT OUT CACHE`.
 
-OUT/one holds runs of one process. Whatever a test looks at is left in OUT: run folders, and errors.RANK.json.
+OUT/one holds runs of one process. Whatever a test looks at is left in OUT: run folders, errors.RANK.json, and in
+threads.RANK.json what is left of the group after its end.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from e88.models.config import E88Config, ModelConfig
 from e88.models.lm import LanguageModel
 from e88.training import loop
 from e88.training.config import Budget, TrainingConfig
-from e88.training.distributed import Group
+from e88.training.distributed import Group, joined
 
 # Three heads make rows that two processes cannot share evenly. The norm clips, and decay shows on what is free of it.
 MODEL = ModelConfig(dim=16, depth=2, mixer=E88Config(n_heads=3, n_state=8, gate=True, conv=4, head_norm=True))
@@ -85,8 +86,13 @@ def exempt(model: LanguageModel) -> set[str]:
 
 def main(text: str, out: Path, cache: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
+    with joined("cpu", "fsdp") as group:
+        do_all(group.rank, text, out, cache)
+    names = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
+    (out / f"threads.{group.rank}.json").write_text(json.dumps([name for name in names if "gloo" in name]))
+
+
+def do_all(rank: int, text: str, out: Path, cache: str) -> None:
     corpus = open_corpus(text, cache=Path(cache))
     groups = {mode: Group(torch.device("cpu"), rank, 2, mode, "gloo") for mode in ("ddp", "fsdp")}
     model = LanguageModel(MODEL)
@@ -121,7 +127,6 @@ def main(text: str, out: Path, cache: str) -> None:
         except UserError as error:
             errors.append(str(error))
     (out / f"errors.{rank}.json").write_text(json.dumps(errors))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

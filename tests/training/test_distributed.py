@@ -139,6 +139,11 @@ def test_an_error_of_one_process_is_one_of_all(out):
         assert part in line
 
 
+def test_no_thread_of_the_group_is_left_to_abort_the_process_at_its_end(out):
+    left = [json.loads((out / f"threads.{rank}.json").read_text()) for rank in (0, 1)]
+    assert left == [[], []]
+
+
 @given(world=st.integers(1, 9), count=st.integers(0, 200))
 def test_every_row_belongs_to_the_process_that_the_rule_names(world, count):
     for rank in range(world):
