@@ -131,9 +131,9 @@ class ModelConfig:
     dim: width of the residual stream. vocab_size: 256 for bytes. mlp_hidden: inner width of the MLP, 0 for none.
     output_gain: what the final norm's weight, and with it the logits, begins at; 0 for min(1, 256 / dim), the output
     multiplier of muP (Yang et al., 2022) for a base width of 256.
-    branch_gain: what the output projections of mixers and MLPs begin at, over their usual size. Where branches add little
-    to the residual stream, the tied head of a wide model begins by predicting each token to follow itself: either gain
-    is a remedy.
+    branch_gain: what the output projections of mixers and MLPs begin at, over their usual size. Where branches add
+    little to the residual stream, the tied head of a wide model begins by predicting each token to follow itself:
+    either gain is a remedy.
     """
 
     dim: int

@@ -264,8 +264,8 @@ def joined(device: str = "auto", mode: str | None = None) -> Iterator[Group]:
 
 
 def _let_go(error: BaseException | None) -> None:
-    """Drop what holds the group besides torch: sharded models, in an error's frames too, and their meshes, which torch's
-    caches keep.
+    """Drop what holds the group besides torch: sharded models, in an error's frames too, and their meshes, which
+    torch's caches keep.
 
     gloo's threads live as long as the group, and one of them that lets go of a tensor while the interpreter ends
     aborts the process.

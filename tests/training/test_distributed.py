@@ -203,8 +203,9 @@ def test_two_nodes_make_one_run_and_the_first_alone_writes(text, corpus, tmp_pat
     nodes = []
     for rank, name in enumerate("ab"):
         (tmp_path / name).mkdir()
-        given = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "OMP_NUM_THREADS": "1"}
-        given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "E88_CACHE": str(tmp_path / name / "cache")}
+        given = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+        given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        given["E88_CACHE"] = str(tmp_path / name / "cache")
         nodes.append(
             subprocess.Popen(
                 [*command, "--parallel", "fsdp"], cwd=tmp_path / name, env={**os.environ, **given},
