@@ -22,7 +22,7 @@ from e88.baselines.transformer import _turns, rotate
 
 triton = pytest.importorskip("triton")
 
-from e88.ops.triton import rotary, swiglu  # noqa: E402
+from e88.ops.triton import conv, rotary, swiglu  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("poison")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -214,6 +214,13 @@ def test_more_elements_than_32_bits_count() -> None:
     tables = _turns(0, 70_000, 64, THETA, x.device, torch.float32)
     for got, want in zip(rotary.split_rotated(x, *tables), rotary.split_rotated(x[:, -1:], *last), strict=True):
         torch.testing.assert_close(got[:, -1:], want, rtol=0, atol=0)
+
+
+@compiled
+@pytest.mark.parametrize("kernel", [rotary.turn_kernel, conv.forward_kernel, conv.backward_kernel])
+def test_a_step_from_sequence_to_sequence_may_want_64_bits(kernel: Any) -> None:
+    kinds = {parameter.name: parameter.annotation_type for parameter in kernel.params}
+    assert kinds["T"] == "i32" and {kind for name, kind in kinds.items() if name.endswith("_row")} == {""}
 
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32)}
