@@ -115,8 +115,9 @@ def test_rotary_where_only_some_results_have_gradients() -> None:
         chosen = [upstream[i] for i in given]
         (got,) = torch.autograd.grad([turned(qkv)[i] for i in given], qkv, chosen)
         whole = [d if i in given else torch.zeros_like(d) for i, d in enumerate(upstream)]
-        # Another compilation of the kernel, which may contract a * b + c * d in another order.
-        torch.testing.assert_close(got, torch.autograd.grad(turned(qkv), qkv, whole)[0], rtol=1e-6, atol=1e-6)
+        # On a GPU another compilation of the kernel, which may contract a * b + c * d in another order.
+        error = 0 if INTERPRETED else 1e-6
+        torch.testing.assert_close(got, torch.autograd.grad(turned(qkv), qkv, whole)[0], rtol=error, atol=error)
 
 
 @on_device

@@ -161,12 +161,7 @@ def test_wrong_uses_are_one_line_errors(monkeypatch):
 
 
 def test_a_killed_process_ends_the_run_with_one_line_and_it_goes_on_in_one(text, corpus, tmp_path):
-    spec = tmp_path / "spec.toml"
-    spec.write_text(
-        "[model]\ndim = 16\ndepth = 2\n[model.mixer]\nkind = 'e88'\nn_heads = 2\nn_state = 8\n"
-        "[training]\nbatch_size = 4\nwindow = 16\nheldout_bytes = 2000\ncheckpoint_every = 1e-6\n"
-        "budget = {steps = 150}\n"
-    )
+    spec = write_spec(tmp_path, "budget = {steps = 150}\ncheckpoint_every = 1e-6\n")
     run, environment = tmp_path / "run", {**os.environ, "E88_CACHE": str(tmp_path / "cache")}
     options = ["--data", str(text), "--device", "cpu", "--json", "--parallel", "fsdp", "--out", str(run)]
     command = [*TORCHRUN, "-m", "e88", "train", str(spec), *options]
@@ -191,11 +186,7 @@ def test_a_killed_process_ends_the_run_with_one_line_and_it_goes_on_in_one(text,
 
 def test_two_nodes_make_one_run_and_the_first_alone_writes(text, corpus, tmp_path):
     """As torchrun starts a process on each of two nodes that share no folder."""
-    spec = tmp_path / "spec.toml"
-    spec.write_text(
-        "[model]\ndim = 16\ndepth = 2\n[model.mixer]\nkind = 'e88'\nn_heads = 2\nn_state = 8\n"
-        "[training]\nbatch_size = 4\nwindow = 16\nheldout_bytes = 2000\nbudget = {steps = 4}\n"
-    )
+    spec = write_spec(tmp_path, "budget = {steps = 4}\n")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -221,6 +212,15 @@ def test_two_nodes_make_one_run_and_the_first_alone_writes(text, corpus, tmp_pat
     train(one.model, one.training, corpus, tmp_path / "one")
     for key in ("loss", "grad_norm"):
         assert [e[key] for e in entries(run)] == pytest.approx([e[key] for e in entries(tmp_path / "one")], rel=1e-4)
+
+
+def write_spec(folder, training):
+    spec = folder / "spec.toml"
+    spec.write_text(
+        "[model]\ndim = 16\ndepth = 2\n[model.mixer]\nkind = 'e88'\nn_heads = 2\nn_state = 8\n"
+        f"[training]\nbatch_size = 4\nwindow = 16\nheldout_bytes = 2000\n{training}"
+    )
+    return spec
 
 
 def workers(pid):
