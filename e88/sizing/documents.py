@@ -130,7 +130,7 @@ _PLAN_ROWS = (
     Row("depth sweep (planned)", "deep", "plan-depth32", "~500M"),
     Row("depth sweep (planned)", "deeper", "plan-depth48", "~750M"),
     Row("multi-scale (planned)", "100M", "plan-100m", "~100M",
-        note="105.8M gated; the e88-100m preset is ungated and deeper instead"),
+        note="105.8M gated"),
     Row("multi-scale (planned)", "300M", "plan-300m", "~300M"),
     Row("multi-scale (planned)", "500M", "plan-500m", "~500M"),
     Row("multi-scale (planned)", "1B", "plan-1b", "~1B"),
