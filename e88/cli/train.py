@@ -27,7 +27,7 @@ def train(
     window: options.Window = None,
     accumulate: Annotated[int | None, typer.Option(help="Parts that a step's batch is cut into.")] = None,
     optimizer: Annotated[str | None, typer.Option(help="adamw, schedulefree or muon.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate; a preset has its own.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of initialisation and data order.")] = None,
     precision: Annotated[str | None, typer.Option(help="auto (bf16 on a GPU), bf16 or fp32.")] = None,
     backend: Annotated[str | None, typer.Option(help="Operator backend, or rival's library (see e88 doctor).")] = None,

@@ -64,9 +64,14 @@ class RunSpec:
 
 
 @cache
-def recipes() -> dict[str, dict[str, Any]]:
-    """Training options that belong to a preset, chosen on a published grid (recipes.toml)."""
+def _recipes() -> dict[str, Any]:
     return tomllib.loads((resources.files("e88.study") / "recipes.toml").read_text())
+
+
+def recipe(name: str) -> dict[str, Any]:
+    """Training options of a preset, its own or those of its kind, chosen on a published grid (recipes.toml)."""
+    own = _recipes().get(name.lower())
+    return dict(own if own is not None else _recipes()["kinds"][preset(name).mixer.kind])
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -93,7 +98,7 @@ def make_spec(
         if isinstance(base.get("model"), str):
             base["model"] = preset(base["model"]).to_dict()
     else:
-        base = {"name": source, "model": preset(source).to_dict(), "training": dict(recipes().get(source.lower(), {}))}
+        base = {"name": source, "model": preset(source).to_dict(), "training": recipe(source)}
     base["training"] = {**base.get("training", {}), **options}
     for key, value in (("data", data), ("tokenizer", tokenizer)):
         if value is not None:
