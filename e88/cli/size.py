@@ -137,6 +137,7 @@ def _preset_with(name: str, given: dict[str, Any]) -> ModelConfig:
 
 def _describe(name: str | None, config: ModelConfig, hardware: str | None, window: int, batch: int) -> dict[str, Any]:
     from e88.sizing import advice, closed_form, profiles
+    from e88.sizing.memory import training_memory
     from e88.sizing.presets import find_preset
 
     on = None if hardware is None else profiles.choose(hardware)
@@ -147,7 +148,7 @@ def _describe(name: str | None, config: ModelConfig, hardware: str | None, windo
         **closed_form.describe(config, window, on),
         "notes": advice.notes(config),
         "batch": batch,
-        "memory": closed_form.training_memory(config, batch, window),
+        "memory": training_memory(config, batch, window),
     }
     if on is not None:
         result["hardware"] = dataclasses.asdict(on)

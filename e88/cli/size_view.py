@@ -107,8 +107,9 @@ def show_description(size: Row) -> None:
     flops = f"FLOPs per token in training, window {size['window']}"
     table.add_row("compute", human_count(size["flops_per_token"]).replace("B", "G"), flops)
     memory = size["memory"]
-    parts = ", ".join(f"{key} {_bytes(value)}" for key, value in memory.items() if key != "total")
-    remark = f"estimate for training on {size['batch']} x {size['window']} tokens: {parts}"
+    parts = ", ".join(f"{key} {_bytes(memory[key])}" for key in ("weights", "optimizer", "activations"))
+    remark = f"estimate for training on {size['batch']} x {size['window']} tokens on a GPU: {parts}; "
+    remark += f"gradients, {_bytes(memory['gradients'])}, come as activations go"
     table.add_row("memory", _bytes(memory["total"]), remark)
     if "hardware" in size:
         recommended, text = _recommended(size["hardware"])

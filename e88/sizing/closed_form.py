@@ -1,4 +1,4 @@
-"""Exact sizes of a `ModelConfig` from arithmetic alone: parameters, state, training FLOPs, an estimate of memory.
+"""Exact sizes of a `ModelConfig` from arithmetic alone: parameters, state, training FLOPs.
 
     D dim, L depth, H heads, K key width of a head, V value width of a head, w convolution width
 
@@ -37,8 +37,6 @@ GROUPS = (
     "mlp",
 )
 FLOAT32_BYTES = 4
-# Steps between the states that training keeps for the backward pass: only the memory estimate uses it.
-STATE_SNAPSHOT_STEPS = 16
 
 Shapes = list[tuple[str, tuple[int, ...]]]
 
@@ -191,28 +189,6 @@ def flops_per_token(config: ModelConfig, window: int = 512) -> float:
     weights = config.depth * sum(prod(shape) for _, shape in block_shapes(config) if len(shape) == 2)
     weights += config.vocab_size * config.dim
     return float(6 * weights + 3 * config.depth * mixing_flops_per_token(config, window))
-
-
-def training_memory(config: ModelConfig, batch: int = 32, window: int = 512) -> dict[str, int]:
-    """An ESTIMATE, in bytes, of training with float32 weights and bfloat16 compute, without recomputing blocks.
-
-    weights: 4 bytes per parameter and 2 for the bfloat16 copy; gradients: 4; AdamW: 8. Activations per token and
-    block: the residual in float32 and the normalised input (6 D per norm), and for every matrix its output in
-    bfloat16 and once more in float32 for a norm or gate (6 bytes per output); E88 also keeps its state in float32
-    every 16 steps. Logits: twice vocab_size in float32. On four small E88 models the tensors that autograd kept
-    were within 20 % of the activations here. The allocator and work space come on top.
-    """
-    params = count_params(config)
-    shapes = block_shapes(config)
-    norms = sum(6 * shape[0] for group, shape in shapes if group == "norms")
-    outputs = sum(6 * shape[0] for _, shape in shapes if len(shape) == 2)
-    per_token = config.depth * (norms + outputs) + 8 * config.vocab_size
-    activations = batch * window * per_token
-    if isinstance(config.mixer, E88Config):
-        snapshots = -(-window // STATE_SNAPSHOT_STEPS)
-        activations += batch * snapshots * config.depth * state_per_layer(config) * FLOAT32_BYTES
-    parts = {"weights": 6 * params, "gradients": 4 * params, "optimizer": 8 * params, "activations": activations}
-    return {**parts, "total": sum(parts.values())}
 
 
 def describe(config: ModelConfig, window: int = 512, on: Hardware | None = None) -> dict[str, Any]:
