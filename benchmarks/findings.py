@@ -1,4 +1,4 @@
-"""The tables of docs/findings.md, made from the reports of studies under results/.
+"""The tables and the picture of docs/findings.md, made from the reports of studies under results/.
 
     python benchmarks/findings.py            # write them anew
     python benchmarks/findings.py --check    # exit code 1 where they are not what the records say
@@ -6,7 +6,8 @@
 A table stands between `<!-- models FOLDER SCALE [WORDS] -->` or `<!-- claims FOLDER SCALE [PATTERN ...] -->` and
 `<!-- end -->`. FOLDER is a store under results/ with the report of its study (`e88 study report`). WORDS: of the
 comparison's title, such as a budget; PATTERN: names of claims, with * and ?. A held-out figure leads to its record, a
-line of the store; a verdict to its place on the study's page, which lists the runs behind it.
+line of the store; a verdict to its place on the study's page, which lists the runs behind it. docs/minute-500m.svg has
+the models of the 500M benchmark that ran for a minute.
 """
 
 from __future__ import annotations
@@ -19,15 +20,17 @@ import sys
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from e88.report import write_figure
 from e88.report.study import estimate_text, scale_text
 from e88.study.claims import Claim
 from e88.study.statistics import Estimate
 from e88.study.verdict import Verdict
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "findings.md"
+PAGE, FIGURE = ROOT / "docs" / "findings.md", ROOT / "docs" / "minute-500m.svg"
 TABLE = re.compile(r"(<!-- (models|claims) (\S+) (\S+)(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -87,6 +90,14 @@ def claims(folder: str, scale: str, patterns: str) -> Iterator[str]:
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
+def picture(path: Path) -> Path:
+    """The minute of the 500M benchmark, each run under its model's name in the study."""
+    known = records("benchmark_500m")
+    with open(ROOT / "results" / "benchmark_500m" / "study-full.csv") as file:
+        rows = [row for row in csv.DictReader(file) if "60 s" in row["comparison"]]
+    return write_figure([{**known[run][1], "name": row["model"]} for row in rows for run in row["ids"].split()], path)
+
+
 def rewritten(text: str) -> str:
     """The page with every table made anew."""
 
@@ -102,13 +113,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args()
-    text = PAGE.read_text()
-    new = rewritten(text)
-    if options.check and new != text:
-        print(f"{PAGE.name} is not what the records say; run python benchmarks/findings.py", file=sys.stderr)
-        return 1
-    if not options.check:
-        PAGE.write_text(new)
+    with TemporaryDirectory() as folder:
+        new = {PAGE: rewritten(PAGE.read_text()), FIGURE: picture(Path(folder) / FIGURE.name).read_text()}
+    for path, text in new.items():
+        if options.check and (not path.exists() or path.read_text() != text):
+            print(f"{path.name} is not what the records say; run python benchmarks/findings.py", file=sys.stderr)
+            return 1
+        if not options.check:
+            path.write_text(text)
     return 0
 
 

@@ -120,8 +120,9 @@ def test_kill_tells_what_a_killed_study_lost():
     assert [line.split()[0] for line in told] == ["a", "b", "c", "d", "x"]
 
 
-def test_the_findings_are_what_the_records_say():
+def test_the_findings_are_what_the_records_say(tmp_path):
     module = load("findings")
+    assert module.picture(tmp_path / "figure.svg").read_text() == module.FIGURE.read_text()
     text = module.PAGE.read_text()
     assert module.TABLE.findall(text) and module.rewritten(text) == text
     # A figure that is not in a record does not survive.
