@@ -26,6 +26,7 @@ from e88.training.distributed import Group
 from e88.training.evaluate import HeldOut, evaluate
 from e88.training.forensics import trace
 from e88.training.layers import LayerStats
+from e88.training.room import refuse_hopeless, told_of_lack
 from e88.training.run import Run
 from e88.training.step import autocast, backward
 from e88.training.tensorboard import Scalars
@@ -73,12 +74,13 @@ def train(
     the CPU where None; all of them call this, and the first alone writes. resume: go on from the checkpoint there.
     on_evaluation: called in the first process after a held-out evaluation on the way. keep_checkpoint: leave the last
     one there when the budget is spent; otherwise it is not even written.
-    Raises UserError for wrong input, Interrupted when stopped by a signal (after writing a checkpoint), RanksLost where
-    another process died. A run whose loss or gradients stop being finite ends with status `diverged`, the last good
-    checkpoint in place, and beside it bad_step.safetensors, from which `e88.training.replay` repeats that step.
+    Raises UserError for wrong input and for want of memory, Interrupted when stopped by a signal (after writing a
+    checkpoint), RanksLost where another process died. A run whose loss or gradients stop being finite ends with status
+    `diverged`, the last good checkpoint in place, and beside it bad_step.safetensors, from which `e88.training.replay`
+    repeats that step.
     """
     group, folder = group or Group(torch.device("cpu")), Path(folder)
-    with group.watched():
+    with group.watched(), told_of_lack(model_config, config, group):
         return _train(
             model_config, config, corpus, folder, name, group, resume, reporter, tensorboard, on_evaluation,
             keep_checkpoint,
@@ -91,6 +93,7 @@ def _train(
     keep_checkpoint: bool,
 ) -> dict[str, Any]:  # fmt: skip
     group.check(config)
+    refuse_hopeless(model_config, config, group)
     if corpus.vocab_size > model_config.vocab_size:
         raise UserError(
             f"{corpus.name} has {corpus.vocab_size} token ids, the model {model_config.vocab_size}; "
