@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from e88.sizing.units import human_count
+from e88.sizing.units import human_bytes, human_count
 
 Row = dict[str, Any]
 SWEEP = "In the scaling study's sweep 32 was best in equal time; per step, larger states were slightly better."
@@ -79,14 +79,6 @@ def form(config: Row) -> str:
     return "E88 " + ", ".join(parts)
 
 
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.1f} GB"
-
-
 def show_description(size: Row) -> None:
     """One configuration."""
     config = size["config"]
@@ -99,7 +91,7 @@ def show_description(size: Row) -> None:
     attention = config["mixer"]["kind"] == "attention"
     remark = f"elements: keys and values of {size['window']} tokens; grows with them" if attention else "elements"
     table.add_row("[bold]state per layer", f"[bold]{size['state_per_layer']:,}", remark)
-    total = f"elements; {_bytes(size['state_bytes'])} in float32 for a sequence"
+    total = f"elements; {human_bytes(size['state_bytes'])} in float32 for a sequence"
     table.add_row("  in all", f"{size['state_total']:,}", total)
     for verdict in size["verdicts"]:
         text = f"[bold]{verdict['verdict']}[/] ({verdict['guide']}: {verdict['rule']})"
@@ -107,10 +99,10 @@ def show_description(size: Row) -> None:
     flops = f"FLOPs per token in training, window {size['window']}"
     table.add_row("compute", human_count(size["flops_per_token"]).replace("B", "G"), flops)
     memory = size["memory"]
-    parts = ", ".join(f"{key} {_bytes(memory[key])}" for key in ("weights", "optimizer", "activations"))
+    parts = ", ".join(f"{key} {human_bytes(memory[key])}" for key in ("weights", "optimizer", "activations"))
     remark = f"estimate for training on {size['batch']} x {size['window']} tokens on a GPU: {parts}; "
-    remark += f"gradients, {_bytes(memory['gradients'])}, come as activations go"
-    table.add_row("memory", _bytes(memory["total"]), remark)
+    remark += f"gradients, {human_bytes(memory['gradients'])}, come as activations go"
+    table.add_row("memory", human_bytes(memory["total"]), remark)
     if "hardware" in size:
         recommended, text = _recommended(size["hardware"])
         table.add_row("recommended n_state", recommended, escape(text))

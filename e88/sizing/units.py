@@ -1,4 +1,4 @@
-"""Numbers of parameters as people write them."""
+"""Numbers of parameters, and of bytes, as people write them."""
 
 from __future__ import annotations
 
@@ -23,3 +23,12 @@ def human_count(value: float) -> str:
         if value >= size:
             return f"{value / size:.{digits}f}{unit}"
     return str(round(value))
+
+
+def human_bytes(size: float) -> str:
+    """28900000000 -> '28.9 GB'."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.1f} GB"

@@ -12,7 +12,7 @@ from e88.errors import UserError
 from e88.models.config import ModelConfig
 from e88.sizing.closed_form import count_params
 from e88.sizing.memory import training_memory
-from e88.sizing.units import human_count
+from e88.sizing.units import human_bytes, human_count
 from e88.training.config import TrainingConfig
 from e88.training.distributed import Group
 
@@ -31,17 +31,17 @@ def refuse_hopeless(model: ModelConfig, config: TrainingConfig, group: Group) ->
     need = (FIXED + GRADIENT) * share
     if there is None:
         return
-    where = f"this {'GPU' if group.device.type == 'cuda' else 'machine'} has {_gigabytes(there)}"
+    where = f"this {'GPU' if group.device.type == 'cuda' else 'machine'} has {human_bytes(there)}"
     if need > there:
         raise UserError(
-            f"{human_count(params)} parameters take {_gigabytes(need)} with gradients and optimiser, and {where}; take "
-            "a smaller model, or --parallel fsdp over more GPUs"
+            f"{human_count(params)} parameters take {human_bytes(need)} with gradients and optimiser, and {where}; "
+            "take a smaller model, or --parallel fsdp over more GPUs"
         )
     rows, activations = _at_once(model, config, group)
     need = FIXED * share + max(activations, GRADIENT * share)
     if group.device.type == "cpu" and need > there:
         raise UserError(
-            f"{rows} windows of {config.window} tokens at once take at least {_gigabytes(need)} with "
+            f"{rows} windows of {config.window} tokens at once take at least {human_bytes(need)} with "
             f"{human_count(params)} parameters, and {where}; cut the batch into more parts with --accumulate, lower "
             "--batch-size or --window, or take a smaller model"
         )
@@ -57,7 +57,7 @@ def told_of_lack(model: ModelConfig, config: TrainingConfig, group: Group) -> It
         want = training_memory(model, rows, config.window)["total"]
         raise UserError(
             f"the GPU is out of memory: {rows} windows of {config.window} tokens at once want about "
-            f"{_gigabytes(want)}; cut the batch into more parts with --accumulate, or lower --batch-size or --window"
+            f"{human_bytes(want)}; cut the batch into more parts with --accumulate, or lower --batch-size or --window"
         ) from None
 
 
@@ -65,7 +65,3 @@ def _at_once(model: ModelConfig, config: TrainingConfig, group: Group) -> tuple[
     """Windows in one part of a process's batch, and the bytes of their activations."""
     rows = config.batch_size // group.world // config.accumulate
     return rows, training_memory(model, rows, config.window)["activations"]
-
-
-def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:.1f} GB"
