@@ -40,16 +40,21 @@ def records(folder: str) -> dict[str, tuple[int, dict[str, Any]]]:
     return {record["id"]: (number, record) for number, record in enumerate(map(json.loads, lines), 1)}
 
 
+def comparison(folder: str, scale: str, words: str) -> list[dict[str, str]]:
+    """The models of a comparison, the best first, with the ids of their runs."""
+    with open(ROOT / "results" / folder / f"study-{scale}.csv") as file:
+        rows = [row for row in csv.DictReader(file) if words in row["comparison"]]
+    if not rows:
+        raise SystemExit(f"results/{folder} has no comparison with '{words}' at scale {scale}")
+    return rows
+
+
 def models(folder: str, scale: str, words: str) -> Iterator[str]:
     """One line for each model of a comparison, the best first."""
     known, place = records(folder), f"../results/{folder}/records.jsonl"
     yield "| Model | lr | Bits per byte | 95 % | Each run | tok/s | Steps | Params | State a layer | Ran on |"
     yield "|---|---:|---:|---|---|---:|---:|---:|---:|---|"
-    with open(ROOT / "results" / folder / f"study-{scale}.csv") as file:
-        rows = [row for row in csv.DictReader(file) if words in row["comparison"]]
-    if not rows:
-        raise SystemExit(f"results/{folder} has no comparison with '{words}' at scale {scale}")
-    for row in rows:
+    for row in comparison(folder, scale, words):
         runs = [known[run] for run in row["ids"].split()]
         each = [f"[{told(record)}]({place}#L{line})" for line, record in runs]
         lr = {record["config"]["training"]["lr"] for _, record in runs}
@@ -93,8 +98,7 @@ def claims(folder: str, scale: str, patterns: str) -> Iterator[str]:
 def picture(path: Path) -> Path:
     """The minute of the 500M benchmark, each run under its model's name in the study."""
     known = records("benchmark_500m")
-    with open(ROOT / "results" / "benchmark_500m" / "study-full.csv") as file:
-        rows = [row for row in csv.DictReader(file) if "60 s" in row["comparison"]]
+    rows = comparison("benchmark_500m", "full", "60 s")
     return write_figure([{**known[run][1], "name": row["model"]} for row in rows for run in row["ids"].split()], path)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from e88.models.config import AttentionConfig, E88Config, GatedDeltaNetConfig, Mamba2Config, MixerConfig, ModelConfig
+from e88.models.config import E88Config, GatedDeltaNetConfig, MixerConfig, ModelConfig
 from e88.sizing.closed_form import count_params, mixer_shapes, state_per_layer
 
 # Of a Gated DeltaNet layer's chunks: each token keeps one row of the chunk's matrix for every head.
@@ -18,8 +18,7 @@ def training_memory(config: ModelConfig, batch: int = 32, window: int = 512) -> 
     7 % higher.
     """
     params = count_params(config)
-    values = config.depth * (mixer_values(config.dim, config.mixer) + _mlp_values(config)) + 4 * config.vocab_size
-    activations = 2 * batch * window * values
+    activations = 2 * batch * window * token_values(config)
     if isinstance(config.mixer, E88Config):
         steps, width = kept_states(config.mixer)
         activations += width * batch * (window // steps + 1) * config.depth * state_per_layer(config)
@@ -27,26 +26,29 @@ def training_memory(config: ModelConfig, batch: int = 32, window: int = 512) -> 
     return {**parts, "total": 14 * params + max(activations, 4 * params)}
 
 
+def token_values(config: ModelConfig) -> int:
+    """Values of 16 bits that a model keeps for each token, E88's states apart. Of an MLP: the norm's output, both
+    projections and their product."""
+    mlp = config.dim + 3 * config.mlp_hidden if config.mlp_hidden else 0
+    return config.depth * (mixer_values(config.dim, config.mixer) + mlp) + 4 * config.vocab_size
+
+
 def mixer_values(dim: int, mixer: MixerConfig) -> int:
     """Values of 16 bits that one mixer and its norm keep for each token, E88's states apart."""
-    shapes = mixer_shapes(dim, mixer)
-    reading = [shape for group, shape in shapes if len(shape) == 2 and group not in ("conv", "output")]
-    projected = sum(rows for rows, _ in reading)
-    if isinstance(mixer, AttentionConfig):
-        # The norm's output, q, k and v in their turned form, and what is read.
-        return dim + projected + dim
-    if isinstance(mixer, Mamba2Config):
-        # All inside the library's one kernel, which computes the rest again.
-        return dim + projected + mixer.expand * dim
-    value = mixer.n_heads * mixer.head_v_dim
+    matrices = [(group, shape) for group, shape in mixer_shapes(dim, mixer) if len(shape) == 2]
+    convolved = sum(rows for group, (rows, _) in matrices if group == "conv")
+    projected = sum(rows for group, (rows, _) in matrices if group not in ("conv", "output"))
+    (read,) = (columns for group, (_, columns) in matrices if group == "output")
+    # The norm's output, its projections and what the mixer reads. Attention's q, k and v are kept in their turned form
+    # alone, and Mamba2's kernel computes the rest again.
+    values = dim + projected + read
     if isinstance(mixer, GatedDeltaNetConfig):
-        convolved = mixer.n_heads * (2 * mixer.head_dim + mixer.head_v_dim) * (mixer.conv > 0)
-        # What is read, its norm, and a row of the chunk's matrix.
-        return dim + projected + convolved + 2 * value + mixer.n_heads * FLA_CHUNK
-    rows = 2 * mixer.head_k_dim + (0 if mixer.tie_kv else mixer.head_v_dim)
-    convolved = mixer.n_heads * rows * (mixer.conv > 0)
-    # What is written and what is read; the latter once more before the gate, or before the norm.
-    return dim + projected + convolved + (2 + max(mixer.gate, mixer.head_norm)) * value
+        # The norm of what is read, and a row of the chunk's matrix.
+        values += convolved + read + mixer.n_heads * FLA_CHUNK
+    if isinstance(mixer, E88Config):
+        # What is written; what is read once more before the gate, or before the norm.
+        values += convolved + (1 + max(mixer.gate, mixer.head_norm)) * read
+    return values
 
 
 def kept_states(mixer: E88Config) -> tuple[int, int]:
@@ -59,8 +61,3 @@ def kept_states(mixer: E88Config) -> tuple[int, int]:
     if mixer.head_k_dim <= 64:
         return 7, 2
     return (5 if mixer.head_v_dim > 32 else 4), 2
-
-
-def _mlp_values(config: ModelConfig) -> int:
-    """Of an MLP: the norm's output, both projections and their product."""
-    return config.dim + 3 * config.mlp_hidden if config.mlp_hidden else 0

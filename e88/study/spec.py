@@ -69,9 +69,8 @@ def _recipes() -> dict[str, Any]:
 
 
 def recipe(name: str) -> dict[str, Any]:
-    """Training options of a preset, its own or those of its kind, chosen on a published grid (recipes.toml)."""
-    own = _recipes().get(name.lower())
-    return dict(own if own is not None else _recipes()["kinds"][preset(name).mixer.kind])
+    """Training options of a preset, its own on top of those of its kind, chosen on a published grid (recipes.toml)."""
+    return {**_recipes()["kinds"][preset(name).mixer.kind], **_recipes().get(name.lower(), {})}
 
 
 def read_toml(path: Path) -> dict[str, Any]:
