@@ -11,34 +11,34 @@ from e88 import runtime
 from e88.errors import UserError
 from e88.models.config import ModelConfig
 from e88.sizing.closed_form import count_params
-from e88.sizing.memory import training_memory
+from e88.sizing.memory import token_values, training_memory
 from e88.sizing.units import human_bytes, human_count
 from e88.training.config import TrainingConfig
 from e88.training.distributed import Group
-
-# Weights and AdamW's two moments in float32; gradients come as activations go.
-FIXED, GRADIENT = 12, 4
 
 
 def refuse_hopeless(model: ModelConfig, config: TrainingConfig, group: Group) -> None:
     """UserError where the least that the run can take is more than the device's memory.
 
-    On a CPU that includes the activations, counted as if they had 16 bits: a process that takes more is killed there,
-    without a word.
+    That is weights and gradients in float32 and the optimiser's moments: two, of which Muon keeps one. On a CPU it is
+    the activations as well, of which layers there keep more than a GPU's kernels, E88's states apart: a process that
+    takes too much is killed there, without a word.
     """
     params, there = count_params(model), runtime.memory_bytes(group.device)
-    share = params // group.world if group.mode == "fsdp" else params
-    need = (FIXED + GRADIENT) * share
     if there is None:
         return
+    share = params // group.world if group.mode == "fsdp" else params
+    fixed, gradients = (8 if config.optimizer == "muon" else 12) * share, 4 * share
     where = f"this {'GPU' if group.device.type == 'cuda' else 'machine'} has {human_bytes(there)}"
-    if need > there:
+    if fixed + gradients > there:
         raise UserError(
-            f"{human_count(params)} parameters take {human_bytes(need)} with gradients and optimiser, and {where}; "
-            "take a smaller model, or --parallel fsdp over more GPUs"
+            f"{human_count(params)} parameters take {human_bytes(fixed + gradients)} with gradients and optimiser, and "
+            f"{where}; take a smaller model, or --parallel fsdp over more GPUs"
         )
-    rows, activations = _at_once(model, config, group)
-    need = FIXED * share + max(activations, GRADIENT * share)
+    rows = _rows_at_once(config, group)
+    activations = (2 if config.precision == "bf16" else 4) * rows * config.window * token_values(model)
+    # Gradients come as activations go.
+    need = fixed + max(activations, gradients)
     if group.device.type == "cpu" and need > there:
         raise UserError(
             f"{rows} windows of {config.window} tokens at once take at least {human_bytes(need)} with "
@@ -53,7 +53,7 @@ def told_of_lack(model: ModelConfig, config: TrainingConfig, group: Group) -> It
     try:
         yield
     except torch.OutOfMemoryError:
-        rows, _ = _at_once(model, config, group)
+        rows = _rows_at_once(config, group)
         want = training_memory(model, rows, config.window)["total"]
         raise UserError(
             f"the GPU is out of memory: {rows} windows of {config.window} tokens at once want about "
@@ -61,7 +61,6 @@ def told_of_lack(model: ModelConfig, config: TrainingConfig, group: Group) -> It
         ) from None
 
 
-def _at_once(model: ModelConfig, config: TrainingConfig, group: Group) -> tuple[int, int]:
-    """Windows in one part of a process's batch, and the bytes of their activations."""
-    rows = config.batch_size // group.world // config.accumulate
-    return rows, training_memory(model, rows, config.window)["activations"]
+def _rows_at_once(config: TrainingConfig, group: Group) -> int:
+    """Windows in one part of a process's batch."""
+    return config.batch_size // group.world // config.accumulate

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from e88.models.config import E88Config, ModelConfig
+from e88.models.lm import LanguageModel
 from e88.ops.cuda.plan import make_plan
 from e88.sizing.closed_form import count_params
-from e88.sizing.memory import kept_states, training_memory
+from e88.sizing.memory import kept_states, token_values, training_memory
 from e88.sizing.presets import preset
 
 RESULTS = Path(__file__).resolve().parent.parent.parent / "results"
@@ -49,3 +50,31 @@ def test_states_are_kept_as_the_kernels_keep_them(n_state: int, expand_v: float,
     mixer = E88Config(n_heads=56, n_state=n_state, expand_v=expand_v, linear_state=linear)
     plan = make_plan(mixer.head_k_dim, mixer.head_v_dim, torch.bfloat16, not linear, False)
     assert kept_states(mixer) == (plan.segment, plan.saved_dtype.itemsize)
+
+
+FORMS = {
+    "plain": E88Config(n_heads=8, n_state=32),
+    "gated": E88Config(n_heads=8, n_state=32, conv=4, gate=True, write_gate=True),
+    "normed": E88Config(n_heads=8, n_state=32, head_norm=True, expand_v=2.0),
+    "tied": E88Config(n_heads=8, n_state=32, tie_kv=True, conv=4),
+    "large states": E88Config(n_heads=2, n_state=128),
+}
+SMALL = {name: ModelConfig(dim=256, depth=2, mixer=mixer) for name, mixer in FORMS.items()}
+SMALL |= {name: preset(name) for name in ("tiny-gdn", "tiny-mamba2", "tiny-transformer")}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_on_a_cpu_no_model_keeps_fewer_values(name: str) -> None:
+    model, kept = LanguageModel(SMALL[name]), {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            # With its tensor, so that no other comes to lie there.
+            kept[storage.data_ptr()] = storage.nbytes(), tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model.nll(torch.randint(256, (2, 129))).mean()
+    assert loss.requires_grad and sum(size for size, _ in kept.values()) > 4 * 2 * 128 * token_values(SMALL[name])

@@ -5,6 +5,7 @@ import torch
 
 from e88 import runtime
 from e88.errors import UserError
+from e88.models.config import E88Config, ModelConfig
 from e88.sizing.closed_form import count_params
 from e88.training import loop
 from e88.training.config import Budget, TrainingConfig
@@ -26,6 +27,16 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_made(
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(runtime, "memory_bytes", lambda device: 2**34)
     assert loop.train(tiny, config, corpus, tmp_path / "run")["status"] == "done"
+
+
+def test_muon_keeps_one_moment_and_is_let_in_where_adamw_is_not(corpus, tmp_path, monkeypatch):
+    model = ModelConfig(dim=64, depth=2, mixer=E88Config(n_heads=2, n_state=32))
+    monkeypatch.setattr(runtime, "memory_bytes", lambda device: 13 * count_params(model))
+    small = dataclasses.replace(CONFIG, batch_size=1, window=8)
+    with pytest.raises(UserError, match="take a smaller model"):
+        loop.train(model, small, corpus, tmp_path / "adamw")
+    muon = dataclasses.replace(small, optimizer="muon")
+    assert loop.train(model, muon, corpus, tmp_path / "muon")["status"] == "done"
 
 
 @pytest.mark.parametrize("when", ["_warm_up", "_evaluate"])
