@@ -58,12 +58,13 @@ def test_unknown_names() -> None:
         preset("zzz")
 
 
-@pytest.mark.parametrize(("size", "nominal"), [("100m", 100e6), ("300m", 300e6), ("500m", 500e6), ("1b", 1e9)])
+# The benchmark's own models of "500M" have 508M and 534M; ours is the one that was measured beside them.
+@pytest.mark.parametrize(("size", "nominal"), [("100m", 100e6), ("300m", 300e6), ("500m", 508.3e6), ("1b", 1e9)])
 def test_our_sizes_are_near_their_names(size: str, nominal: float) -> None:
-    assert count_params(preset(f"e88-{size}")) == pytest.approx(nominal, rel=0.025)
+    assert count_params(preset(f"e88-{size}")) == pytest.approx(nominal, rel=0.02)
 
 
-@pytest.mark.parametrize(("size", "tolerance"), [("100m", 0.01), ("300m", 0.01), ("1b", 0.01)])
+@pytest.mark.parametrize(("size", "tolerance"), [("100m", 0.01), ("300m", 0.01), ("500m", 0.05), ("1b", 0.01)])
 @pytest.mark.parametrize("rival", ["gdn", "mamba2", "transformer"])
 def test_rivals_match_our_sizes(size: str, tolerance: float, rival: str) -> None:
     ours = count_params(preset(f"e88-{size}"))
