@@ -17,6 +17,7 @@ from typing import IO, Protocol
 
 from e88.errors import UserError
 from e88.study.folder import RunFolder, try_lock
+from e88.study.standby import Standby
 from e88.study.warm import start_warm
 
 LOCKS = ".locks"
@@ -25,12 +26,13 @@ LOCKS = ".locks"
 @dataclass(frozen=True)
 class Job:
     """A run to be started. exclusive: its speed is measured, so nothing else may run on its processors meanwhile.
-    gpus: how many it is spread over, on one machine."""
+    gpus: how many it is spread over, on one machine. more: others wait for room."""
 
     folder: RunFolder
     name: str
     exclusive: bool = False
     gpus: int = 1
+    more: bool = False
 
 
 class Handle(Protocol):
@@ -131,6 +133,8 @@ class LocalLauncher:
         self.slots = slots
         self.locks = store / LOCKS
         self.host = socket.gethostname()
+        # By slot: the worker that waits for its next run.
+        self.standbys: dict[str, Standby] = {}
 
     def start(self, job: Job) -> Handle | None:
         if job.gpus > len(self.slots):
@@ -140,6 +144,8 @@ class LocalLauncher:
             return None
         try:
             name = "+".join(slot.name for slot in slots)
+            if slots[0].on_gpu and job.gpus == 1:
+                return LocalHandle(name, self._start_on_gpu(job, slots[0], locks))
             if slots[0].on_gpu or job.gpus > 1:
                 return LocalHandle(name, _start_fresh(job, slots, name, locks))
             # A run alone on the processor keeps the threads that the user has set, or all.
@@ -149,6 +155,15 @@ class LocalLauncher:
             # The worker has inherited them.
             for lock in locks:
                 lock.close()
+
+    def _start_on_gpu(self, job: Job, slot: Slot, locks: list[IO[str]]) -> subprocess.Popen[bytes]:
+        """Start it in the worker that waits at this slot, and have the next one wait where there are more runs."""
+        waiting = self.standbys.pop(slot.name, None)
+        process = waiting.take(job.folder, locks) if waiting else None
+        process = process or _start_fresh(job, [slot], slot.name, locks)
+        if job.more:
+            self.standbys[slot.name] = Standby(_environment([slot], slot.name))
+        return process
 
     def describe(self) -> str:
         return "local slots " + ", ".join(slot.name for slot in self.slots)
@@ -188,14 +203,19 @@ class LocalHandle:
         self.process.kill()
 
 
-def _start_fresh(job: Job, slots: list[Slot], name: str, locks: list[IO[str]]) -> subprocess.Popen[bytes]:
+def _environment(slots: list[Slot], name: str) -> dict[str, str]:
+    """Of a worker that is started afresh."""
     environment = {**os.environ, "E88_SLOT": name}
     if slots[0].on_gpu:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(slot.environment["CUDA_VISIBLE_DEVICES"] for slot in slots)
     else:
         environment |= dict.fromkeys(("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"), str(slots[0].threads))
+    return environment
+
+
+def _start_fresh(job: Job, slots: list[Slot], name: str, locks: list[IO[str]]) -> subprocess.Popen[bytes]:
     with open(job.folder.path / "worker.log", "ab") as log:
         return subprocess.Popen(
-            [*worker_command(job), "--parent", str(os.getpid())], env=environment, start_new_session=True,
+            [*worker_command(job), "--parent", str(os.getpid())], env=_environment(slots, name), start_new_session=True,
             pass_fds=[lock.fileno() for lock in locks], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
         )  # fmt: skip

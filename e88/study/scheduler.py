@@ -139,7 +139,7 @@ class _Scheduler:
             }  # fmt: skip
             if folder.task() != task:
                 folder.write("task.json", task)
-            job = Job(folder, run.title, run.exclusive, run.gpus)
+            job = Job(folder, run.title, run.exclusive, run.gpus, more=len(self.waiting) > 1)
             handle = self.launcher.start(job)
             if handle is None:
                 return

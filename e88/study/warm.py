@@ -1,7 +1,7 @@
 """Workers that start warm: forks of a server that has torch and numba loaded, which saves most of a short run's time.
 
-The server is the standard library's forkserver, and ends with its last worker. Only for the CPU: a run on a GPU starts
-in a fresh process, as CUDA wants it.
+The server is the standard library's forkserver, and ends with its last worker. Only for the CPU: a GPU's runs have
+processes of their own (standby.py), as CUDA wants it.
 """
 
 from __future__ import annotations

@@ -196,7 +196,7 @@ def _store_once(folder: RunFolder, record: Record) -> None:
         store.append(record)
 
 
-def _end_with(parent: int, by: signal.Signals) -> None:
+def end_with(parent: int, by: signal.Signals) -> None:
     """Have the kernel send a signal when the parent dies, so that a killed one leaves no orphan (Linux only)."""
     if sys.platform == "linux":
         set_parent_death_signal = 1
@@ -213,7 +213,7 @@ def _from_command_line() -> int:
     parser.add_argument("--processes", type=int, default=1)
     given = parser.parse_args()
     if given.parent:
-        _end_with(given.parent, signal.SIGTERM)
+        end_with(given.parent, signal.SIGTERM)
     if given.processes > 1:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
         module = ["-m", "e88.study.worker", str(given.store), given.id]
@@ -222,7 +222,7 @@ def _from_command_line() -> int:
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return main(folder)
     # torchrun passes a stop on. Where it was killed itself, its slot is free at once and must be left at once.
-    _end_with(os.getppid(), signal.SIGKILL)
+    end_with(os.getppid(), signal.SIGKILL)
     return in_group(folder)
 
 
