@@ -152,13 +152,12 @@ def deciding(training: Mapping[str, Any]) -> dict[str, Any]:
 
 def identity(model: Mapping[str, Any], training: Mapping[str, Any], data_hash: str) -> dict[str, Any]:
     """Everything that decides a run."""
-    decides = deciding(training)
-    plain = {**LATER, "heldout_window": decides.get("window")}
-    training = {key: value for key, value in decides.items() if key not in plain or value != plain[key]}
-    return {"model": model, "training": training, "data": data_hash}
+    return {"model": model, "training": deciding(training), "data": data_hash}
 
 
 def config_hash(model: Mapping[str, Any], training: Mapping[str, Any], data_hash: str) -> str:
     """A run's id: 12 hex digits over its identity."""
-    text = json.dumps(identity(model, training, data_hash), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    whole = identity(model, training, data_hash)
+    plain = {**LATER, "heldout_window": training.get("window")}
+    whole["training"] = {k: v for k, v in whole["training"].items() if k not in plain or v != plain[k]}
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:12]
