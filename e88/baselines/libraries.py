@@ -172,9 +172,10 @@ def mamba_is_fused() -> bool:
 
 
 @lru_cache
-def mamba_mode() -> str:
-    """mamba-ssm's name in records."""
-    convolution = f"fused (causal-conv1d {package_version('causal-conv1d')})" if mamba_is_fused() else "scan"
+def mamba_mode(fused: bool = True) -> str:
+    """mamba-ssm's name in records, of its fused pass where there is one, or where not `fused` of its scan."""
+    fused = fused and mamba_is_fused()
+    convolution = f"fused (causal-conv1d {package_version('causal-conv1d')})" if fused else "scan"
     return f"mamba-ssm {package_version('mamba-ssm')} {convolution}"
 
 

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from e88.baselines.libraries import PLAIN, choose, mamba_is_fused
+from e88.baselines.libraries import PLAIN, choose, mamba_is_fused, mamba_mode
 from e88.baselines.ssd import ssd, ssd_step
 from e88.layers.common import GatedRMSNorm, ShortConv, decay_parameters, exempt_from_decay
 from e88.layers.mixer import Mixer, State
 from e88.models.config import Mamba2Config
+from e88.ops.backends import note
 from e88.ops.norms import wide, wide_dtype
 
 # The fastest on a CPU: longer chunks cost more in pairs of tokens, shorter ones in states.
@@ -92,6 +93,7 @@ class Mamba2(Mixer):
         from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
+        note(mamba_mode(fused=False))
         c = self.config
         z, xbc, dt = self.in_proj(x).split([self.d_inner, self.conv_dim, self.n_heads], dim=-1)
         xbc, tail = self.conv1d(xbc, None if state is None else state["conv"])

@@ -52,9 +52,10 @@ class Attention(Mixer):
         """x [B, T, D] -> y [B, T, D]."""
         past = 0 if state is None else state["k"].shape[2]
         length = x.shape[1]
-        # A prompt after a prompt sees all of the first and a triangle of itself: that needs a mask.
+        # Tokens after others see all of those and a triangle of themselves: that needs a mask.
         masked = past > 0 and length > 1
-        runs = PLAIN if masked else choose(self.backend, x, cudnn=self._misfit(128, length), flash=self._misfit(256))
+        none = "it takes no mask, which several tokens that follow others need" if masked else None
+        runs = choose(self.backend, x, cudnn=none or self._misfit(128, length), flash=none or self._misfit(256))
         qkv = self.qkv_proj(x).unflatten(-1, (3, self.config.n_heads, self.head_dim))
         q, k, v = split(qkv, past, self.config.rope_theta)
         if state is not None:

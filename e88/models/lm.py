@@ -132,7 +132,16 @@ class LanguageModel(nn.Module):
 
     def nll(self, windows: Tensor) -> Tensor:
         """windows [B, T + 1] int64 -> negative log likelihood of the last T tokens, nats, [B, T] float32."""
-        logits = self.forward(windows[:, :-1]).float()
+        return self._score(self.hidden(windows[:, :-1])[0], windows)
+
+    def nll_from(self, windows: Tensor, state: LMState | None) -> tuple[Tensor, LMState]:
+        """As nll, of windows that follow the text behind `state` (None: none), and the state after them, with which the
+        windows that begin with their last token go on."""
+        h, states = self.hidden(windows[:, :-1], state, return_state=True)
+        return self._score(h, windows), states
+
+    def _score(self, h: Tensor, windows: Tensor) -> Tensor:
+        logits = F.linear(h, self.embedding.weight).float()
         return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="none").view(len(windows), -1)
 
     def init_state(self, batch: int, device: torch.device | None = None) -> LMState:

@@ -16,7 +16,7 @@ from typing import Any
 
 from e88.errors import UserError
 from e88.study.statistics import Estimate, heldout_estimate, paired_difference
-from e88.training.config import UNDECIDING
+from e88.training.config import deciding
 
 Record = dict[str, Any]
 MISSING = "–"
@@ -182,14 +182,8 @@ def _comparison(records: list[Record]) -> Comparison:
     ]
     groups.sort(key=_rank)
     first = records[0]
-    data = str(dig(first, "data", "name") or "")
-    return Comparison(
-        _budget(first),
-        data,
-        str(dig(first, "environment", "hardware") or ""),
-        tuple(groups),
-        tuple(_warnings(groups)),
-    )
+    data, hardware = (str(dig(first, *path) or "") for path in (("data", "name"), ("environment", "hardware")))
+    return Comparison(_budget(first), data, hardware, tuple(groups), tuple(_warnings(groups)))
 
 
 def _rank(group: Group) -> tuple[int, float, str]:
@@ -200,11 +194,12 @@ def _rank(group: Group) -> tuple[int, float, str]:
 
 def _without_seed(record: Record) -> dict[str, Any]:
     """The configuration less what makes no other model: the seed, and how often the run was saved or looked into."""
-    config = dict(record.get("config") or {})
-    training = config.get("training")
-    if isinstance(training, dict):
-        config["training"] = {k: v for k, v in training.items() if k not in ("seed", *UNDECIDING)}
-    return config
+    training = {key: value for key, value in _training(record).items() if key != "seed"}
+    return {**(record.get("config") or {}), "training": training}
+
+
+def _training(record: Record) -> dict[str, Any]:
+    return deciding(dig(record, "config", "training") or {})
 
 
 def _labels(members: list[list[Record]]) -> list[str]:
@@ -242,12 +237,15 @@ def _warnings(groups: list[Group]) -> Iterable[str]:
     def several(*path: str) -> list[str]:
         return sorted({str(value) for run in done if (value := dig(run, *path)) is not None})
 
-    for what, path in (
-        ("batch sizes", ("config", "training", "batch_size")),
-        ("window lengths", ("config", "training", "window")),
+    for what, key, so in (
+        ("batch sizes", "batch_size", "did not see the same bytes in order"),
+        ("window lengths", "window", "did not see the same bytes in order"),
+        ("windows to a carried state", "carry", "did not see the same bytes in order"),
+        ("held-out windows", "heldout_window", "were not scored on the same slice"),
+        ("held-out context", "heldout_context", "did not read equally much before what was scored"),
     ):
-        if len(values := several(*path)) > 1:
-            yield f"The runs differ in their {what} ({', '.join(values)}), so they did not see the same bytes in order."
+        if len(values := sorted({str(_training(run).get(key)) for run in done})) > 1:
+            yield f"The runs differ in their {what} ({', '.join(values)}), so they {so}."
     if len(values := several("data", "bytes_per_token")) > 1:
         yield "The runs use tokens of different lengths: compare bits per byte, not the loss in nats per token."
     if len(values := several("environment", "commit")) > 1:

@@ -7,10 +7,12 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from e88.sizing.closed_form import flops_per_token
 from e88.study.plan import PlannedRun
 from e88.study.store import Record
+from e88.training.config import deciding
 
 MEASURED, BY_FLOPS, BY_BUDGET, UNKNOWN = "measured", "by FLOPs", "by budget", "unknown"
 
@@ -55,7 +57,7 @@ class Throughput:
         budget = training.budget
         if budget.seconds is not None:
             return Cost(budget.seconds + self.overhead, BY_BUDGET)
-        flops = flops_per_token(model, training.window)
+        flops = flops_per_token(model, training.span)
         measured = self._rates.get(_key(model.to_dict(), training.to_dict()))
         reached = self._flops.get(model.mixer.kind)
         if measured:
@@ -69,7 +71,8 @@ class Throughput:
         return Cost(tokens / rate + self.overhead, basis)
 
 
-def _key(model: dict[str, object], training: dict[str, object]) -> str:
+def _key(model: dict[str, object], training: dict[str, Any]) -> str:
     """What a run's speed depends on."""
-    shape = [training[key] for key in ("batch_size", "window", "accumulate", "optimizer", "precision", "backend")]
+    keys = ("batch_size", "window", "carry", "accumulate", "optimizer", "precision", "backend")
+    shape = [deciding(training)[key] for key in keys]
     return json.dumps([model, shape], sort_keys=True)

@@ -15,6 +15,7 @@ from e88.study.design import Experiment
 from e88.study.statistics import LEVEL, MOST_SEEDS, Estimate, mean_interval, seeds_to_decide
 from e88.study.store import Record
 from e88.study.verdict import CONFIRMED, REFUTED, UNDECIDED, Verdict, exact_verdict
+from e88.training.config import deciding
 
 
 def judge(experiment: Experiment, records: Mapping[str, Record]) -> list[Verdict]:
@@ -119,9 +120,14 @@ class _Court:
             raise _Missing(f"its runs are from different hardware: {', '.join(sorted(hardware))}")
         if claim.hardware and not all(claim.hardware.lower() in name.lower() for name in hardware):
             raise _Missing(f"it is about the {claim.hardware}; these runs are from {', '.join(sorted(hardware))}")
-        data = {(r["data"]["hash"], r["data"]["window"], r["config"]["training"]["batch_size"]) for r in records}
-        if len(data) > 1:
-            raise _Missing("its runs did not see the same data in the same order")
+        training = [deciding(record["config"]["training"]) for record in records]
+        if len({record["data"]["hash"] for record in records}) > 1:
+            raise _Missing("its runs did not see the same data")
+        # Windows of other lengths, and carried states, bring the data in another order.
+        if len({t["batch_size"] * t["window"] for t in training}) > 1:
+            raise _Missing("its runs did not see equally much data in a step")
+        if len({(t["heldout_bytes"], t["heldout_window"]) for t in training}) > 1:
+            raise _Missing("its runs were not scored on the same held-out windows; set heldout_window")
 
     def _value(self, record: Record, claim: Claim) -> float:
         value = record["results"].get(claim.metric)

@@ -165,7 +165,7 @@ def _run(folder: RunFolder, task: dict[str, Any], group: Group | None) -> Record
             raise
         (folder.path / "traceback.txt").write_text(traceback.format_exc())
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    size = describe(spec.model, window=spec.training.window)
+    size = describe(spec.model, window=spec.training.span)
     try:
         device = choose_device(task["device"])
     except UserError:

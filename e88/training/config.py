@@ -17,6 +17,8 @@ SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("auto", "bf16", "fp32")
 # How often a run is saved or looked into decides nothing.
 UNDECIDING = ("checkpoint_every", "layers_every", "eval_points")
+# Keys that configurations saved earlier lack, and what they mean there. An id leaves them out where they say no more.
+LATER = {"carry": 1, "heldout_window": 0, "heldout_context": 0}
 # How several processes share a run: a whole model each, or a part of every tensor.
 MODES = ("ddp", "fsdp")
 
@@ -55,6 +57,10 @@ class TrainingConfig:
     lr: peak learning rate. warmup: fraction of the budget over which it rises linearly; the schedule then falls to
     `final_lr` times the peak at the end of the budget (schedulefree: constant after warm-up, by construction).
     muon_lr: peak rate of the matrices under `muon`. accumulate: parts a step's batch is cut into.
+    carry: windows of a row that follow one another in the text, one a step, each from the state that the one before
+    left (no gradient crosses over), before the row jumps to a new place from nothing.
+    heldout_window: tokens scored in a held-out window, 0 for `window`. heldout_context: tokens before it that are read
+    first and not scored; the scored ones are the same whatever it is.
     eval_every: seconds of training between held-out evaluations on the way, 0 for only at the end.
     eval_points: held-out evaluations on the way at equal shares of the budget.
     backend: what runs the mixer, `auto` or a name from `e88 doctor`: E88's operator backend, or a rival's library.
@@ -85,16 +91,22 @@ class TrainingConfig:
     checkpoint_every: float = field(default=60.0)
     layers_every: int = 50
     eval_points: int = 0
+    carry: int = 1
+    heldout_window: int = 0
+    heldout_context: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "window", "accumulate", "heldout_bytes"):
+        for name in ("batch_size", "window", "accumulate", "heldout_bytes", "carry"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UserError(f"{name} must be a positive integer, got {value!r}")
-        for name in ("layers_every", "eval_points"):
+        for name, none in (
+            ("layers_every", "never"), ("eval_points", "never"), ("heldout_window", "the window"),
+            ("heldout_context", "none"),
+        ):  # fmt: skip
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise UserError(f"{name} must be a whole number, 0 for never, got {value!r}")
+                raise UserError(f"{name} must be a whole number, 0 for {none}, got {value!r}")
         if self.batch_size % self.accumulate:
             raise UserError(f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}")
         for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("precision", PRECISIONS)):
@@ -111,6 +123,11 @@ class TrainingConfig:
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed must be from 0 to 2^63 - 1, got {self.seed}")
 
+    @property
+    def span(self) -> int:
+        """Tokens of a row that follow one another."""
+        return self.carry * self.window
+
     def to_dict(self) -> dict[str, Any]:
         return {**vars(self), "budget": self.budget.to_dict()}
 
@@ -126,13 +143,21 @@ class TrainingConfig:
         return config
 
 
+def deciding(training: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides a run, of a saved training configuration however old, each key as what it means."""
+    whole = {**LATER, **training}
+    whole["heldout_window"] = whole["heldout_window"] or whole.get("window")
+    return {key: value for key, value in whole.items() if key not in UNDECIDING}
+
+
 def identity(model: Mapping[str, Any], training: Mapping[str, Any], data_hash: str) -> dict[str, Any]:
     """Everything that decides a run."""
-    training = {k: v for k, v in training.items() if k not in UNDECIDING}
-    return {"model": model, "training": training, "data": data_hash}
+    return {"model": model, "training": deciding(training), "data": data_hash}
 
 
 def config_hash(model: Mapping[str, Any], training: Mapping[str, Any], data_hash: str) -> str:
     """A run's id: 12 hex digits over its identity."""
-    text = json.dumps(identity(model, training, data_hash), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    whole = identity(model, training, data_hash)
+    plain = {**LATER, "heldout_window": training.get("window")}
+    whole["training"] = {k: v for k, v in whole["training"].items() if k not in plain or v != plain[k]}
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:12]

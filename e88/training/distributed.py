@@ -59,6 +59,8 @@ class Group:
 
     def check(self, config: TrainingConfig) -> None:
         """Raise UserError for what several processes cannot do."""
+        if self.world > 1 and config.carry > 1:
+            raise UserError(f"carry {config.carry} works in one process, not in {self.world}; use one GPU, or carry 1")
         parts = self.world * config.accumulate
         if config.batch_size % parts:
             raise UserError(

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from e88.data.corpus import Corpus
+from e88.data.loader import HeldOutWindows
 from e88.models.lm import LanguageModel
 from e88.training.distributed import Group
 
@@ -23,8 +24,12 @@ class HeldOut:
 
 
 @torch.no_grad()
-def evaluate(model: LanguageModel, corpus: Corpus, windows: np.ndarray, batch_size: int, group: Group) -> HeldOut:
-    """Score windows [n, T + 1] of tokens, each from the zero state. Each process of the group scores its share."""
+def evaluate(
+    model: LanguageModel, corpus: Corpus, heldout: HeldOutWindows, batch_size: int, group: Group
+) -> HeldOut:
+    """Read every row from the zero state and score what is to be scored in it. Each process of the group takes its
+    share of the rows, `batch_size` at once."""
+    windows = heldout.rows
     # Shares of one size, as FSDP's processes must take their passes together: the last window fills them up.
     count = -(-len(windows) // group.world)
     share = np.minimum(np.arange(group.rank * count, (group.rank + 1) * count), len(windows) - 1)
@@ -32,10 +37,12 @@ def evaluate(model: LanguageModel, corpus: Corpus, windows: np.ndarray, batch_si
     training = model.training
     model.eval()
     for start in range(0, count, batch_size):
-        part = windows[share[start : start + batch_size]]
+        chosen = share[start : start + batch_size]
+        part, scored = windows[chosen], heldout.scored[chosen]
         nll = model.nll(torch.from_numpy(part).to(group.device))
-        bits.append(nll.double().sum(1).cpu().numpy() / math.log(2))
-        sizes.append(corpus.bytes_of(part[:, 1:]).sum(1))
+        nll = nll.double().where(torch.from_numpy(scored).to(group.device), 0.0)
+        bits.append(nll.sum(1).cpu().numpy() / math.log(2))
+        sizes.append((corpus.bytes_of(part[:, 1:]) * scored).sum(1))
     model.train(training)
     shares = group.gather((np.concatenate(bits), np.concatenate(sizes).astype(np.float64)))
     all_bits, all_sizes = (np.concatenate(parts)[: len(windows)] for parts in zip(*shares, strict=True))

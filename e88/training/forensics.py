@@ -17,7 +17,7 @@ from e88.models.lm import LanguageModel
 from e88.training.config import TrainingConfig
 from e88.training.distributed import Group
 from e88.training.layers import LayerStats
-from e88.training.step import autocast
+from e88.training.step import Carry, autocast
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,17 @@ class Trace:
 
 
 def trace(
-    model: LanguageModel, windows: Tensor, config: TrainingConfig, group: Group, repeat: Callable[[], Tensor]
+    model: LanguageModel,
+    windows: Tensor,
+    config: TrainingConfig,
+    group: Group,
+    repeat: Callable[[], Tensor],
+    carry: Carry | None = None,
 ) -> Trace:
     """Take the step on windows [B, T + 1] apart, without an update; leaves no gradient.
 
-    repeat: the training's own pass there and back, which returns the loss. Every process of a group takes part, and
-    finds what is wrong with its own windows and its own shards.
+    repeat: the training's own pass there and back, which returns the loss. carry: the run's. Every process of a group
+    takes part, and finds what is wrong with its own windows and its own shards.
 
     The order is that of the computation: the weights as they are before the step, then a forward pass in which every
     module runs by itself (fused projections do not name the one that is wrong), then the training's own pass there and
@@ -92,9 +97,9 @@ def trace(
     for name, parameter in model.named_parameters():
         result.note_bad(f"the weight {name}, before the step", parameter)
     with _watched(model, result), torch.no_grad():
-        for part in windows.chunk(config.accumulate):
+        for i, part in enumerate(windows.chunk(config.accumulate)):
             with autocast(windows.device, config.precision):
-                model.nll(part)
+                _ = model.nll(part) if carry is None else carry.nll(i, part)
     with _watched(model, result), stats.watching():
         loss = repeat()
     result.note("the loss", loss)

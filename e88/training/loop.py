@@ -7,14 +7,14 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from e88.data.corpus import Corpus
-from e88.data.loader import WindowSampler, heldout_windows
+from e88.data.loader import HeldOutWindows, WindowSampler, heldout_windows
 from e88.errors import UserError
 from e88.models.config import ModelConfig
 from e88.ops import record_backends
@@ -28,7 +28,7 @@ from e88.training.forensics import trace
 from e88.training.layers import LayerStats
 from e88.training.room import refuse_hopeless, told_of_lack
 from e88.training.run import Run
-from e88.training.step import autocast, backward
+from e88.training.step import Carry, autocast, backward
 from e88.training.tensorboard import Scalars
 from e88.training.verify import verify
 
@@ -99,9 +99,10 @@ def _train(
             f"{corpus.name} has {corpus.vocab_size} token ids, the model {model_config.vocab_size}; "
             f"set vocab_size = {corpus.vocab_size}"
         )
-    sampler = WindowSampler(corpus.train, config.window, config.batch_size, config.seed)
-    heldout = heldout_windows(corpus.valid, config.window, config.heldout_bytes)
-    size = describe(model_config, window=config.window)
+    sampler = WindowSampler(corpus.train, config.window, config.batch_size, config.seed, config.carry)
+    scored = config.heldout_window or config.window
+    heldout = heldout_windows(corpus.valid, scored, config.heldout_bytes, config.heldout_context)
+    size = describe(model_config, window=config.span)
     run = state.start(model_config, config, corpus, folder, name=name, group=group, resume=resume, size=size)
     try:
         with run.clock.section("compile"):
@@ -136,7 +137,7 @@ def _train(
 
 
 def _spend(
-    run: Run, sampler: WindowSampler, heldout: np.ndarray, observers: list[Reporter], stop: threading.Event,
+    run: Run, sampler: WindowSampler, heldout: HeldOutWindows, observers: list[Reporter], stop: threading.Event,
     on_evaluation: OnEvaluation | None,
 ) -> str | None:  # fmt: skip
     """Take steps until the budget is spent; the reason where the run diverged."""
@@ -185,7 +186,7 @@ def _train_step(run: Run, sampler: WindowSampler) -> str | None:
         sampled = config.layers_every > 0 and run.step % config.layers_every == 0
         stats = LayerStats(run.model, run.group) if sampled else None
         with stats.watching() if stats else nullcontext():
-            loss = backward(run.nll, windows, config, run.ddp)
+            loss = backward(run.nll, windows, config, run.ddp, run.carry)
         layers = {"layers": stats.read()} if stats else {}
         norm = run.optimizer.clip(config.clip or math.inf, run.group)
         values = run.group.mean(torch.stack([loss, norm])).tolist()
@@ -194,11 +195,14 @@ def _train_step(run: Run, sampler: WindowSampler) -> str | None:
             run.optimizer.step()
     if not finite:
         state.save_bad_step(run, batch, *values)
-        found = trace(run.model, windows, config, run.group, lambda: backward(run.nll, windows, config, run.ddp))
+        repeat = partial(backward, run.nll, windows, config, run.ddp, run.carry)
+        found = trace(run.model, windows, config, run.group, repeat, run.carry)
         # The process whose own loss is not finite knows most.
         return min(run.group.gather((math.isfinite(loss), found.explain(run.step))))[1]
     run.optimizer.zero_grad()
     run.step += 1
+    if run.carry:
+        run.carry.advance(jumps=run.step % config.carry == 0)
     step_tokens = batch.shape[0] * (batch.shape[1] - 1)
     run.tokens += step_tokens
     now = run.clock.seconds["train"]
@@ -214,14 +218,19 @@ def _warm_up(run: Run) -> None:
     generator = torch.Generator().manual_seed(0)
     shape = (run.config.batch_size // run.group.world, run.config.window + 1)
     windows = torch.randint(run.model_config.vocab_size, shape, generator=generator).to(run.device)
+    carry = Carry(run.model) if run.carry else None
     for _ in range(2):
-        backward(run.nll, windows, run.config, run.ddp)
+        backward(run.nll, windows, run.config, run.ddp, carry)
         run.optimizer.zero_grad()
+        if carry:
+            carry.advance(jumps=False)
 
 
-def _evaluate(run: Run, heldout: np.ndarray) -> HeldOut:
+def _evaluate(run: Run, heldout: HeldOutWindows) -> HeldOut:
+    # As many tokens at once as in training.
+    rows = max(1, run.rows * run.config.window // heldout.scored.shape[1])
     with run.clock.section("evaluate"), run.optimizer.averaged(run.model), autocast(run.device, run.config.precision):
-        result = evaluate(run.model, run.corpus, heldout, run.rows, run.group)
+        result = evaluate(run.model, run.corpus, heldout, rows, run.group)
     seconds = run.clock.seconds["train"]
     # A run killed after its last checkpoint evaluates that step once more.
     run.heldout = [point for point in run.heldout if point["step"] < run.step]

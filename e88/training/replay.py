@@ -17,8 +17,8 @@ from e88.training.checkpoint import load_tensors, restore_model
 from e88.training.config import TrainingConfig
 from e88.training.distributed import Group
 from e88.training.forensics import TensorStats, Trace, trace
-from e88.training.state import BAD_STEP
-from e88.training.step import backward
+from e88.training.state import BAD_STEP, carried
+from e88.training.step import Carry, backward
 
 # The layer statistics of a block that E88 layers have and others do not.
 OF_E88 = ("state_max", "saturated")
@@ -85,5 +85,6 @@ def replay(path: str | Path, device: torch.device) -> Replay:
     # One process takes what each of several took, part by part.
     world = meta["parallel"]["world"] if meta["parallel"] else 1
     config = replace(config, accumulate=config.accumulate * world)
-    repeat = partial(backward, model.nll, windows, config)
-    return Replay(meta, trace(model, windows, config, Group(device), repeat))
+    carry = Carry(model, carried(tensors, meta, device)) if config.carry > 1 else None
+    repeat = partial(backward, model.nll, windows, config, carry=carry)
+    return Replay(meta, trace(model, windows, config, Group(device), repeat, carry))

@@ -17,14 +17,15 @@ from e88.training.budget import Clock
 from e88.training.config import TrainingConfig
 from e88.training.distributed import Group
 from e88.training.optimizer import Optimizer
+from e88.training.step import Carry
 from e88.training.steplog import StepLog
 
 
 @dataclass
 class Run:
-    """model: the bare one. nll: from windows to nll in training, through the module `ddp` where that mode is on. size:
-    what `e88.sizing.closed_form.describe` says of the model. heldout: the evaluations so far. check: the layer's error
-    on a GPU."""
+    """model: the bare one. nll: from windows to nll in training, through the module `ddp` where that mode is on. carry:
+    in its place where windows go on from states. size: what `e88.sizing.closed_form.describe` says of the model.
+    heldout: the evaluations so far. check: the layer's error on a GPU."""
 
     name: str
     model_config: ModelConfig
@@ -35,6 +36,7 @@ class Run:
     model: LanguageModel
     nll: Callable[[Tensor], Tensor]
     ddp: nn.Module | None
+    carry: Carry | None
     optimizer: Optimizer
     clock: Clock
     log: StepLog

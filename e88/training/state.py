@@ -13,7 +13,7 @@ from torch import Tensor
 from e88.data.corpus import Corpus
 from e88.errors import UserError
 from e88.models.config import ModelConfig
-from e88.models.lm import LanguageModel
+from e88.models.lm import LanguageModel, LMState
 from e88.training.budget import Clock
 from e88.training.checkpoint import flatten, load_tensors, restore_model, save_tensors, unflatten
 from e88.training.config import TrainingConfig, identity
@@ -21,6 +21,7 @@ from e88.training.distributed import Group
 from e88.training.optimizer import Optimizer
 from e88.training.record import utc_now
 from e88.training.run import Run
+from e88.training.step import Carry
 from e88.training.steplog import StepLog, read_entries
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -71,8 +72,8 @@ def start(
     nll, ddp = group.wrap(model)
     run = Run(
         name=name, model_config=model_config, config=config, corpus=corpus, folder=folder, group=group, model=model,
-        nll=nll, ddp=ddp, optimizer=Optimizer(model, config), clock=Clock(group.device), log=log, started=utc_now(),
-        wall_start=time.perf_counter(), size=size,
+        nll=nll, ddp=ddp, carry=Carry(model) if config.carry > 1 else None, optimizer=Optimizer(model, config),
+        clock=Clock(group.device), log=log, started=utc_now(), wall_start=time.perf_counter(), size=size,
     )  # fmt: skip
     if saved:
         rest = {name: t for name, t in tensors.items() if not name.startswith("model.")}
@@ -90,6 +91,7 @@ def save(run: Run) -> None:
         run.log.sync()
         tensors: dict[str, Tensor] = {"rng.torch": torch.get_rng_state()}
         optimizer = flatten(run.optimizer.state_dict(), "optimizer", tensors)
+        carried = _carried(run, tensors)
         with run.optimizer.averaged(run.model) as trained:
             tensors |= {f"model.{name}": t for name, t in run.model.state_dict().items()}
             tensors |= {f"trained.{name}": t for name, t in trained.items()}
@@ -98,6 +100,7 @@ def save(run: Run) -> None:
                 "kind": "run", **_identity(run), "tokens": run.tokens,
                 "seconds": run.clock.seconds, "wall": time.perf_counter() - run.wall_start,
                 "started": run.started, "heldout": run.heldout, "optimizer": optimizer,
+                "carried": carried,
             }  # fmt: skip
             weights = [t for name, t in tensors.items() if name.startswith(("model.", "trained."))]
             if run.group.shared(lambda: all(bool(t.isfinite().all()) for t in weights)):
@@ -105,15 +108,16 @@ def save(run: Run) -> None:
 
 
 def save_bad_step(run: Run, batch: np.ndarray, loss: float, grad_norm: float) -> None:
-    """Write what `e88.training.replay` needs to repeat the step that could not be taken: the weights before it and its
-    batch [B, T + 1] of all processes."""
+    """Write what `e88.training.replay` needs to repeat the step that could not be taken: the weights before it, its
+    batch [B, T + 1] of all processes, and the states that it went on from."""
     with run.clock.section("checkpoint"):
         tensors = {f"model.{name}": t for name, t in run.model.state_dict().items()}
+        carried = _carried(run, tensors)
         _gather(run, tensors)
         tensors["batch"] = torch.from_numpy(batch)
         meta = {
             "kind": "bad step", **_identity(run), "seed": run.config.seed, "loss": loss, "grad_norm": grad_norm,
-            "parallel": run.group.describe(),
+            "parallel": run.group.describe(), "carried": carried,
         }  # fmt: skip
         run.group.shared(lambda: save_tensors(run.folder / BAD_STEP, tensors, meta))
 
@@ -133,6 +137,16 @@ def _gather(run: Run, tensors: dict[str, Tensor]) -> None:
     for key, tensor in tensors.items():
         full = run.group.whole(tensor)
         tensors[key] = full.cpu() if run.group.is_first else torch.empty(0)
+
+
+def _carried(run: Run, tensors: dict[str, Tensor]) -> Any:
+    return flatten(run.carry.before if run.carry else {}, "carried", tensors)
+
+
+def carried(tensors: dict[str, Tensor], meta: dict[str, Any], device: torch.device) -> dict[int, LMState]:
+    """The states from which the next step of a checkpoint goes on, or the bad step itself: see `Carry.before`."""
+    states: dict[int, LMState] = unflatten(meta["carried"], {name: t.to(device) for name, t in tensors.items()})
+    return states
 
 
 def _identity(run: Run) -> dict[str, Any]:
@@ -187,5 +201,7 @@ def _restore(run: Run, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None
     torch.set_rng_state(tensors["rng.torch"])
     run.step, run.tokens, run.heldout = meta["step"], meta["tokens"], meta["heldout"]
     run.clock.seconds.update(meta["seconds"])
+    if run.carry:
+        run.carry.before = carried(tensors, meta, run.device)
     run.started = meta["started"]
     run.wall_start -= meta["wall"]

@@ -23,7 +23,8 @@ def verify(model: ModelConfig, config: TrainingConfig, device: torch.device, row
     if device.type not in DEVICES:
         return None
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
-    found = check(model, device, dtype, config.backend, tune=(rows, config.window))
+    windows = 2 if config.carry > 1 else 1
+    found = check(model, device, dtype, config.backend, tune=(rows, windows * config.window), windows=windows)
     if device.type == "cuda":
         # The check's memory is not the run's.
         torch.cuda.empty_cache()

@@ -5,6 +5,7 @@ import torch
 
 from e88.baselines.transformer import Attention, rotate
 from e88.models.config import AttentionConfig
+from e88.ops.backends import record_backends
 
 
 def error(a, b):
@@ -84,5 +85,7 @@ def test_cache_grows_by_the_tokens_seen():
     state = net.init_state(3)
     assert state["k"].shape == state["v"].shape == (3, 2, 0, 4)
     for length, total in ((5, 5), (1, 6), (2, 8)):
-        _, state = net(torch.randn(3, length, 8), state, return_state=True)
+        with record_backends() as used:
+            _, state = net(torch.randn(3, length, 8), state, return_state=True)
+        assert used == {"torch"}
         assert state["k"].shape == state["v"].shape == (3, 2, total, 4)

@@ -96,8 +96,9 @@ def test_all_token_types_and_memory_maps(tmp_path, dtype):
 def test_heldout_windows_are_fixed_spread_and_do_not_overlap(size, window, max_bytes):
     size = max(size, window + 1)
     split = Split("valid", np.arange(size, dtype=np.uint32), bytes=size)
-    found = heldout_windows(split, window, max_bytes)
-    assert found.dtype == np.int64 and np.array_equal(found, heldout_windows(split, window, max_bytes))
+    found, scored = heldout_windows(split, window, max_bytes)
+    assert found.dtype == np.int64 and np.array_equal(found, heldout_windows(split, window, max_bytes).rows)
+    assert scored.all() and scored.shape == (len(found), window)
     starts = found[:, 0]
     assert np.array_equal(found, starts[:, None] + np.arange(window + 1))
     fits = size // (window + 1)
@@ -110,7 +111,35 @@ def test_heldout_windows_are_fixed_spread_and_do_not_overlap(size, window, max_b
 
 def test_heldout_slice_is_measured_in_bytes_of_text():
     split = Split("valid", np.zeros(100_000, dtype=np.uint16), bytes=400_000)
-    assert len(heldout_windows(split, 100, max_bytes=40_000)) == 100
+    assert len(heldout_windows(split, 100, max_bytes=40_000).rows) == 100
+
+
+@given(
+    spare=st.integers(0, 2000), window=st.integers(1, 60), max_bytes=st.integers(1, 2000), context=st.integers(1, 300)
+)
+def test_context_decides_nothing_of_what_is_scored(spare, window, max_bytes, context):
+    size = context + window + 1 + spare
+    split = Split("valid", np.arange(size, dtype=np.uint32), bytes=size)
+    plain = heldout_windows(split, window, max_bytes)
+    rows, scored = heldout_windows(split, window, max_bytes, context)
+    assert rows.shape == (len(plain.rows), context + window + 1) and (np.diff(rows) == 1).all()
+    assert np.array_equal(rows[:, 1:][scored].reshape(-1, window), plain.rows[:, 1:])
+    # All the context that there is, up to what is asked for.
+    assert np.array_equal(scored.argmax(1), np.minimum(plain.rows[:, 0], context))
+
+
+@given(
+    window=st.integers(1, 30), carry=st.integers(1, 6), spare=st.integers(0, 200), seed=st.integers(0, 2**64 - 1),
+    block=st.integers(0, 2**30),
+)  # fmt: skip
+def test_windows_of_a_block_follow_one_another(window, carry, spare, seed, block):
+    split = split_of(carry * window + 1 + spare)
+    sampler = WindowSampler(split, window, 3, seed, carry)
+    batches = [sampler.batch(block * carry + turn) for turn in range(carry)]
+    whole = np.concatenate([batches[0][:, :1], *(batch[:, 1:] for batch in batches)], axis=1)
+    # Where a window as long as the block would be.
+    assert np.array_equal(whole, WindowSampler(split, carry * window, 3, seed).batch(block))
+    assert all(np.array_equal(a[:, -1], b[:, 0]) for a, b in zip(batches[:-1], batches[1:], strict=True))
 
 
 def test_split_shorter_than_a_window_is_refused(tmp_path):
@@ -119,6 +148,10 @@ def test_split_shorter_than_a_window_is_refused(tmp_path):
         WindowSampler(split_of(64), 64, 1, 0)
     with pytest.raises(UserError, match="has 5 tokens"):
         heldout_windows(split_of(5, np.uint16), 8)
+    with pytest.raises(UserError, match=r"has 64 bytes, too few for 4 windows in a row, together of 64 \+ 1"):
+        WindowSampler(split_of(64), 16, 1, 0, carry=4)
+    with pytest.raises(UserError, match=r"has 64 bytes, too few for a window with its context of 64 \+ 1"):
+        heldout_windows(split_of(64), 16, context=48)
     path = tmp_path / "small.txt"
     path.write_text("some text\n" * 20)
     with pytest.raises(UserError, match="the valid split has 10 bytes"):

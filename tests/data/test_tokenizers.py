@@ -114,7 +114,7 @@ def test_bytes_of_tokens_are_the_bytes_of_the_text(files, texts, cache, name):
     assert corpus.vocab_size > corpus.train[:].max() and corpus.train[:].dtype == np.uint16
     assert corpus.hash != plain.hash
     assert open_corpus(texts, tokenizer=files / f"{name}.json", cache=cache).hash == corpus.hash
-    windows = heldout_windows(corpus.valid, 32, max_bytes=2000)
+    windows = heldout_windows(corpus.valid, 32, max_bytes=2000).rows
     assert 1500 < corpus.bytes_of(windows[:, 1:]).sum() < 2500
     corpus.verify()
 

@@ -5,6 +5,7 @@ import torch
 
 from e88.errors import UserError
 from e88.layers.accuracy import TOLERANCE, Verdict, check, layer_errors, relative_error
+from e88.layers.mixer import build_mixer
 from e88.models.config import AttentionConfig, E88Config, GatedDeltaNetConfig, Mamba2Config, ModelConfig
 
 CPU = torch.device("cpu")
@@ -20,9 +21,10 @@ RIVALS = {
 }
 
 
+@pytest.mark.parametrize("windows", [1, 2])
 @pytest.mark.parametrize("kind", MODELS)
-def test_every_layer_is_right_here_and_says_what_ran(kind):
-    found = check(MODELS[kind], CPU, torch.float32, tune=(1, 4))
+def test_every_layer_is_right_here_and_says_what_ran(kind, windows):
+    found = check(MODELS[kind], CPU, torch.float32, tune=(1, 4), windows=windows)
     assert found.ok and 0 < found.error < 1e-4
     assert found.backends == (("numba",) if kind == "e88" else ("torch",))
 
@@ -49,6 +51,20 @@ class _Skewed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad * 1.05
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_state_that_is_lost_between_windows_is_found(kind, monkeypatch):
+    mixer = build_mixer(16, MODELS[kind].mixer)
+    forward = type(mixer).forward
+
+    def forgetful(self, x, state=None, *, return_state=False):
+        exact = next(self.parameters()).dtype == torch.float64
+        return forward(self, x, state if exact else None, return_state=return_state)
+
+    monkeypatch.setattr(type(mixer), "forward", forgetful)
+    assert check(MODELS[kind], CPU, torch.float32).ok
+    assert not check(MODELS[kind], CPU, torch.float32, windows=2).ok
 
 
 @pytest.mark.parametrize("kind", RIVALS)

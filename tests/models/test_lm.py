@@ -86,6 +86,21 @@ def test_nll_is_the_cross_entropy_of_the_next_token(mixer):
     assert error(m.nll(windows).double(), want) < 1e-6
 
 
+@pytest.mark.parametrize("mixer", MIXERS, ids=lambda c: c.kind)
+def test_windows_that_go_on_from_a_state_are_the_long_one_in_pieces(mixer):
+    m = model(mixer)
+    windows = torch.randint(256, (2, 25))
+    whole, state, pieces = m.nll(windows), None, []
+    for start in (0, 8, 16):
+        nll, state = m.nll_from(windows[:, start : start + 9], state)
+        pieces.append(nll)
+    assert error(torch.cat(pieces, 1).double(), whole.double()) < 1e-6
+    # Where the state is no constant, so is the gradient.
+    parameters = list(m.parameters())
+    for a, b in zip(*(torch.autograd.grad(x.sum(), parameters) for x in (torch.cat(pieces, 1), whole)), strict=True):
+        assert error(a, b) < 1e-5
+
+
 def test_the_residual_stream_stays_float32_under_bf16_autocast():
     m = model(MIXERS[0], dtype=torch.float32)
     seen = []

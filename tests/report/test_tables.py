@@ -132,6 +132,22 @@ def test_warnings_of_unlike_runs(make_record: Any) -> None:
     assert "batch sizes (16, 64)" in warnings and "2 commits" in warnings and "uncommitted" in warnings
 
 
+def test_a_key_that_came_later_sets_runs_apart_where_it_says_something(make_record: Any) -> None:
+    """Records from before such a key stand beside new ones that give it the meaning it had."""
+    same = [make_record(seed=0), make_record(seed=1, training={"carry": 1, "heldout_window": 256})]
+    (comparison,) = comparisons(same)
+    assert [len(group.runs) for group in comparison.groups] == [2] and not comparison.warnings
+    unlike = {"carry": 4, "heldout_window": 64, "heldout_context": 128}
+    (comparison,) = comparisons([make_record(), make_record(training=unlike)])
+    assert sorted(group.label for group in comparison.groups) == [
+        "tiny-e88 (carry=1, heldout_window=256, heldout_context=0)",
+        "tiny-e88 (carry=4, heldout_window=64, heldout_context=128)",
+    ]
+    told = " ".join(comparison.warnings)
+    for text in ("carried state (1, 4)", "held-out windows (256, 64)", "held-out context (0, 128)"):
+        assert text in told
+
+
 def test_a_rival_without_its_library_on_a_gpu_is_told(make_record: Any) -> None:
     check = {"tensor": "y", "error": 0.004, "tolerance": 0.03}
 

@@ -20,10 +20,10 @@ from e88.study.verdict import CONFIRMED, REFUTED, UNDECIDED, Verdict
 MODEL = {"kind": "e88", "dim": 16, "n_heads": 2, "n_state": 8}
 
 
-def study(text: Path, claims: dict[str, Any], seeds: int = 4) -> Experiment:
-    """Models a, b, c of one, two and three layers, and those claims."""
+def study(text: Path, claims: dict[str, Any], seeds: int = 4, of_a: dict[str, Any] | None = None) -> Experiment:
+    """Models a, b, c of one, two and three layers, and those claims. of_a: training keys of the first."""
     claims = {name: {"says": "", "source": "", **claim} for name, claim in claims.items()}
-    table = {
+    table: dict[str, Any] = {
         "data": str(text),
         "training": {"batch_size": 4, "window": 16, "heldout_bytes": 2000},
         "scales": {"smoke": {"seeds": seeds}},
@@ -31,6 +31,7 @@ def study(text: Path, claims: dict[str, Any], seeds: int = 4) -> Experiment:
         "models": {name: {**MODEL, "depth": depth} for depth, name in enumerate("abc", 1)},
         "claims": claims,
     }
+    table["models"]["a"]["training"] = of_a or {}
     return parse_study("test", table).at("smoke")
 
 
@@ -130,6 +131,24 @@ def test_runs_that_cannot_be_compared(text: Path) -> None:
     assert "different hardware" in judge(experiment, found)[0].reason
     first["environment"], first["data"] = {"hardware": "a CPU"}, {**first["data"], "hash": "other"}
     assert "same data" in judge(experiment, found)[0].reason
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"window": 32, "batch_size": 2, "heldout_window": 16}, None),
+        ({"carry": 4, "heldout_context": 48}, None),
+        ({"window": 32, "batch_size": 2}, "same held-out windows"),
+        ({"heldout_bytes": 1000}, "same held-out windows"),
+        ({"window": 32, "heldout_window": 16}, "equally much data"),
+    ],
+)
+def test_windows_and_carries_compare_at_equal_tokens_a_step_on_one_slice(
+    text: Path, options: dict[str, Any], reason: str | None
+) -> None:
+    experiment = study(text, {"it": {"lower": ["a", "b"]}}, of_a=options)
+    (found,) = judge(experiment, records(experiment, {"a": LOW, "b": HIGH}))
+    assert found.outcome == CONFIRMED if reason is None else reason in found.reason
 
 
 def test_claims_together(text: Path) -> None:
