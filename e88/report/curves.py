@@ -49,6 +49,7 @@ def _bits_per_byte(run: Record) -> float:
 LOSS = Measure("curve", "loss", "training loss, nats per token")
 LOSS_BPB = Measure("curve", "loss", "training loss, bits per byte", _bits_per_byte)
 HELDOUT = Measure("heldout_curve", "bpb", "held-out bits per byte")
+BY_POSITION = Measure("heldout_by_position", "bpb", "held-out bits per byte")
 
 
 def has_heldout_curves(comparison: Comparison) -> bool:

@@ -27,7 +27,8 @@ TITLE = "E88 and its rivals"
 # The page tells the notes in a list of their own, where there is room for a reason, and links each run.
 COLUMNS = [column for column in ALL_COLUMNS if column.title not in ("Note", "Seeds")]
 # Bookkeeping of the store, and what the figures show.
-_NOT_IN_DETAILS = ("schema", "id", "name", "seed", "status", "reason", "curve", "heldout_curve", "layers")
+_NOT_IN_DETAILS = ("schema", "id", "name", "seed", "status", "reason", "curve", "heldout_curve", "heldout_by_position",
+                   "layers")  # fmt: skip
 # Of more runs the whole configuration of each would make a page of many megabytes.
 MOST_DETAILED = 300
 # Of more models the best are in the page, and all in its CSV.

@@ -12,6 +12,7 @@ from e88.errors import UserError
 from e88.files import write_text
 from e88.report.compare import Comparison, Record, comparisons
 from e88.report.curves import (
+    BY_POSITION,
     HELDOUT,
     LOSS,
     LOSS_BPB,
@@ -28,7 +29,8 @@ from e88.report.style import Style, draw_marker, styles
 from e88.report.svg import HEIGHT, LABEL_WIDTH, WIDTH, Box, Canvas, Figure, Scale, shorten, spread_labels, text_width
 
 LABELS = 14
-X_TITLES = {"seconds": "training time, seconds", "tokens": "training tokens", "flops": "training compute, FLOPs"}
+X_TITLES = {"seconds": "training time, seconds", "tokens": "training tokens", "flops": "training compute, FLOPs",
+            "position": "tokens of the window so far"}  # fmt: skip
 
 
 def figures(comparison: Comparison, timed: bool = True) -> list[Figure]:
@@ -43,6 +45,7 @@ def figures(comparison: Comparison, timed: bool = True) -> list[Figure]:
         found.append(curve_figure(comparison, look, HELDOUT, key, f"Held-out bits per byte against {name}"))
     for key, name in (("seconds", "time"), ("tokens", "tokens"), ("flops", "compute"))[0 if timed else 1 :]:
         found.append(curve_figure(comparison, look, LOSS, key, f"Training loss against {name}"))
+    found.append(curve_figure(comparison, look, BY_POSITION, "position", "Held-out bits per byte along the window"))
     found.append(scatter_figure(comparison, look, "state"))
     found.append(scatter_figure(comparison, look, "speed") if timed else None)
     return [figure for figure in found if figure is not None]
@@ -84,6 +87,8 @@ def curve_figure(
         notes.append("Line: mean over seeds; band: from the lowest to the highest seed.")
     if measure.source == "curve":
         notes.append("Smoothed; the first 5 % is not shown.")
+    if measure is BY_POSITION:
+        notes.append("Each point: the tokens after the one before it. The first 5 % is not shown.")
     if any(curve.diverged for curve in curves):
         notes.append("Thin line ending in ×: a run that diverged.")
     if len(comparison.groups) > MOST_LINES:

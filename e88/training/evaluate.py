@@ -16,11 +16,16 @@ from e88.training.distributed import Group
 
 @dataclass(frozen=True)
 class HeldOut:
-    """bpb: total bits over total bytes. interval: 95 %, normal approximation over windows. windows: how many."""
+    """bpb: total bits over total bytes. interval: 95 %, normal approximation over windows. windows: how many.
+
+    by_position: points of position (the first token of a window has 1) and bpb, of the tokens after the point before up
+    to that one, about twice as far: how much a model makes of what it has read.
+    """
 
     bpb: float
     interval: tuple[float, float]
     windows: int
+    by_position: list[dict[str, float]]
 
 
 @torch.no_grad()
@@ -40,20 +45,34 @@ def evaluate(
         chosen = share[start : start + batch_size]
         part, scored = windows[chosen], heldout.scored[chosen]
         nll = model.nll(torch.from_numpy(part).to(group.device))
-        nll = nll.double().where(torch.from_numpy(scored).to(group.device), 0.0)
-        bits.append(nll.sum(1).cpu().numpy() / math.log(2))
-        sizes.append((corpus.bytes_of(part[:, 1:]) * scored).sum(1))
+        bits.append(_by_octave(nll.double().cpu().numpy() / math.log(2), scored))
+        sizes.append(_by_octave(corpus.bytes_of(part[:, 1:]), scored))
     model.train(training)
-    shares = group.gather((np.concatenate(bits), np.concatenate(sizes).astype(np.float64)))
+    shares = group.gather((np.concatenate(bits), np.concatenate(sizes)))
     all_bits, all_sizes = (np.concatenate(parts)[: len(windows)] for parts in zip(*shares, strict=True))
-    return summarise(all_bits, all_sizes)
+    return summarise(all_bits, all_sizes, int(heldout.scored.sum(1).max()))
 
 
-def summarise(bits: np.ndarray, sizes: np.ndarray) -> HeldOut:
-    """bits and bytes of each window -> the ratio of totals with its interval (delta method for a ratio)."""
+def _by_octave(values: np.ndarray, scored: np.ndarray) -> np.ndarray:
+    """values, scored [B, T] -> float64 [B, P]: in column p the sum of what is scored from position 2^(p-1) + 1 to 2^p."""
+    position = np.cumsum(scored, axis=1)
+    # Of 1, 2, 3 to 4, 5 to 8: the bits of the position before it.
+    octave = np.frexp(position - 1.0)[1]
+    width = int(octave.max()) + 1
+    place = np.arange(len(values))[:, None] * width + octave
+    sums = np.bincount(place[scored], weights=values[scored], minlength=len(values) * width)
+    return sums.reshape(len(values), width)
+
+
+def summarise(bits: np.ndarray, sizes: np.ndarray, window: int) -> HeldOut:
+    """bits and bytes of each window by octave of position [n, P] -> ratios of totals; that of all with its interval
+    (delta method for a ratio). window: the last position."""
     n = len(bits)
+    octaves = zip(bits.sum(0), sizes.sum(0), strict=True)
+    by_position = [{"position": min(2**p, window), "bpb": float(b / s)} for p, (b, s) in enumerate(octaves) if s > 0]
+    bits, sizes = bits.sum(1), sizes.sum(1)
     bpb = float(bits.sum() / sizes.sum())
     if n < 2:
-        return HeldOut(bpb, (bpb, bpb), n)
+        return HeldOut(bpb, (bpb, bpb), n, by_position)
     error = float(np.std(bits - bpb * sizes, ddof=1) / (math.sqrt(n) * sizes.mean()))
-    return HeldOut(bpb, (bpb - 1.96 * error, bpb + 1.96 * error), n)
+    return HeldOut(bpb, (bpb - 1.96 * error, bpb + 1.96 * error), n, by_position)

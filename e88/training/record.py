@@ -85,6 +85,7 @@ def finish(run: Run, status: str, heldout: HeldOut | None, reason: str | None, p
         "results": results,
         "curve": steplog.curve(entries),
         "heldout_curve": run.heldout,
+        "heldout_by_position": heldout.by_position if heldout else [],
         "layers": layers.summarise(entries),
         "environment": {
             **environment(run.device, sorted(run.backends) or ["torch"], world),

@@ -83,6 +83,7 @@ def make_record(name: str = "tiny-e88", seed: int = 0, status: str = "done", **o
                     "peak_memory_bytes": 812_000_000, "mfu": 0.21, "diverged_step": None},
         "curve": curve,
         "heldout_curve": heldout,
+        "heldout_by_position": [{"position": 2**p, "bpb": bpb + 2.0**-p} for p in range(9)],
         "environment": {"hardware": "AMD EPYC 7763, 2 threads", "versions": {"python": "3.11.7", "torch": "2.13.0",
                         "numba": "0.62.1", "e88": "0.1.0"}, "commit": "0f92853aa01b", "backends": ["numba"],
                         "platform": "Linux-6.1-x86_64", **shape.get("environment", {})},
@@ -93,11 +94,12 @@ def make_record(name: str = "tiny-e88", seed: int = 0, status: str = "done", **o
             point["loss"] += math.exp(0.4 * index)
         curve[-1]["loss"] = None
         record["heldout_curve"] = [point for point in heldout if point["seconds"] < curve[-1]["seconds"]]
+        record["heldout_by_position"] = []
         record["results"] |= {"heldout_bpb": None, "heldout_interval": None, "train_loss": float("nan"),
                               "steps": curve[-1]["step"], "diverged_step": curve[-1]["step"]}  # fmt: skip
     if status == "failed":
         record["reason"] = "out of memory: 1.2 GiB asked for, 0.8 GiB free"
-        for key in ("results", "curve", "heldout_curve", "data", "environment"):
+        for key in ("results", "curve", "heldout_curve", "heldout_by_position", "data", "environment"):
             del record[key]
     return record
 

@@ -34,7 +34,7 @@ def test_page_shows_every_run(study: list[dict[str, Any]], tmp_path: Path) -> No
     assert "out of memory: 1.2 GiB" in page.text and "the loss was not finite" in page.text
     assert "0f92853aa01b" in page.text and "2.13.0" in page.text and "AMD EPYC 7763" in page.text
     titles = re.findall(r"<h4>(.*?)</h4>", markup)
-    assert len(titles) == 8 and len(set(titles)) == 8
+    assert len(titles) == 9 and len(set(titles)) == 9
     assert list(tmp_path.glob("deep/*")) == [path]
 
 

@@ -52,7 +52,7 @@ def test_figures_of_a_study(study_store: Any) -> None:
     _, path = report_study(experiment, store)
     text = path.read_text(encoding="utf-8")
     for title in ("Held-out bits per byte against parameters", "Training loss against compute", "against state size",
-                  "Scaling law over parameters"):  # fmt: skip
+                  "Held-out bits per byte along the window", "Scaling law over parameters"):  # fmt: skip
         assert title in text
     assert text.count('class="frontier"') == 3
     # The second budget is not exclusive: its runs shared their processor.
