@@ -54,7 +54,7 @@ def evaluate(
 
 
 def _by_octave(values: np.ndarray, scored: np.ndarray) -> np.ndarray:
-    """values, scored [B, T] -> float64 [B, P]: in column p the sum of what is scored from position 2^(p-1) + 1 to 2^p."""
+    """values, scored [B, T] -> float64 [B, P]: column p sums what is scored from position 2^(p-1) + 1 to 2^p."""
     position = np.cumsum(scored, axis=1)
     # Of 1, 2, 3 to 4, 5 to 8: the bits of the position before it.
     octave = np.frexp(position - 1.0)[1]
