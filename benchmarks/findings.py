@@ -1,4 +1,4 @@
-"""The tables and the picture of docs/findings.md, made from the reports of studies under results/.
+"""The tables and pictures of docs/findings.md, made from the reports of studies under results/.
 
     python benchmarks/findings.py            # write them anew
     python benchmarks/findings.py --check    # exit code 1 where they are not what the records say
@@ -6,8 +6,8 @@
 A table stands between `<!-- models FOLDER SCALE [WORDS] -->` or `<!-- claims FOLDER SCALE [PATTERN ...] -->` and
 `<!-- end -->`. FOLDER is a store under results/ with the report of its study (`e88 study report`). WORDS: of the
 comparison's title, such as a budget; PATTERN: names of claims, with * and ?. A held-out figure leads to its record, a
-line of the store; a verdict to its place on the study's page, which lists the runs behind it. docs/minute-500m.svg has
-the models of the 500M benchmark that ran for a minute.
+line of the store; a verdict to its place on the study's page, which lists the runs behind it. docs/minute-500m.svg and
+docs/ten-minutes-500m.svg have the models of the 500M benchmark that ran for so long.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from e88.study.statistics import Estimate
 from e88.study.verdict import Verdict
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE, FIGURE = ROOT / "docs" / "findings.md", ROOT / "docs" / "minute-500m.svg"
+PAGE = ROOT / "docs" / "findings.md"
+# By words of the comparison's title.
+FIGURES = {"60 s of": ROOT / "docs" / "minute-500m.svg", "10 min": ROOT / "docs" / "ten-minutes-500m.svg"}
 TABLE = re.compile(r"(<!-- (models|claims) (\S+) (\S+)(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -95,10 +97,10 @@ def claims(folder: str, scale: str, patterns: str) -> Iterator[str]:
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def picture(path: Path) -> Path:
-    """The minute of the 500M benchmark, each run under its model's name in the study."""
+def picture(words: str, path: Path) -> Path:
+    """A comparison of the 500M benchmark, each run under its model's name in the study."""
     known = records("benchmark_500m")
-    rows = comparison("benchmark_500m", "full", "60 s")
+    rows = comparison("benchmark_500m", "full", words)
     return write_figure([{**known[run][1], "name": row["model"]} for row in rows for run in row["ids"].split()], path)
 
 
@@ -118,7 +120,8 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args()
     with TemporaryDirectory() as folder:
-        new = {PAGE: rewritten(PAGE.read_text()), FIGURE: picture(Path(folder) / FIGURE.name).read_text()}
+        new = {PAGE: rewritten(PAGE.read_text())}
+        new |= {path: picture(words, Path(folder) / path.name).read_text() for words, path in FIGURES.items()}
     for path, text in new.items():
         if options.check and (not path.exists() or path.read_text() != text):
             print(f"{path.name} is not what the records say; run python benchmarks/findings.py", file=sys.stderr)

@@ -6,7 +6,13 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
+
+from e88.data.corpus import open_corpus
+from e88.data.loader import WindowSampler
+from e88.study.store import load_records
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -120,9 +126,34 @@ def test_kill_tells_what_a_killed_study_lost():
     assert [line.split()[0] for line in told] == ["a", "b", "c", "d", "x"]
 
 
+def test_repeats_finds_what_was_read_before_and_what_that_does(tmp_path):
+    module = load("repeats")
+    path = tmp_path / "text.txt"
+    path.write_bytes(bytes(np.random.default_rng(0).integers(32, 127, 20_000, dtype=np.uint8)))
+    corpus = open_corpus(path, cache=tmp_path / "cache")
+    sampler, length, seen, shares = WindowSampler(corpus.train, 8, 4, 0), len(corpus.train), set(), []
+    for step in range(900):
+        places = [start + at for start in sampler.starts(step) for at in range(1, 9)]
+        shares.append(sum(place in seen for place in places) / 32)
+        seen |= set(places)
+    found = module.repeated_shares(sampler, length, 8, 900)
+    assert found.tolist() == shares and 0.3 < found.mean() < 0.6
+    losses = 2 - 1e-4 * np.arange(900) - 0.3 * found + 0.01 * np.random.default_rng(1).standard_normal(900)
+    slope, half = module.effect(losses, found)
+    assert abs(slope + 0.3) < 2 * half < 0.05
+    # Every published pair of a run and its losses can be read.
+    store = module.Path(__file__).parent.parent / "results" / "benchmark_500m"
+    for file in store.glob("losses-*.json"):
+        (record,) = load_records([store], [file.stem.removeprefix("losses-")])
+        losses = module.losses_of(store, record["id"])
+        assert len(losses) == record["results"]["steps"]
+        assert losses[-100:].mean() == pytest.approx(record["results"]["train_loss"], abs=1e-4)
+
+
 def test_the_findings_are_what_the_records_say(tmp_path):
     module = load("findings")
-    assert module.picture(tmp_path / "figure.svg").read_text() == module.FIGURE.read_text()
+    for words, path in module.FIGURES.items():
+        assert module.picture(words, tmp_path / path.name).read_text() == path.read_text()
     text = module.PAGE.read_text()
     assert module.TABLE.findall(text) and module.rewritten(text) == text
     # A figure that is not in a record does not survive.
