@@ -2,9 +2,9 @@
 
     python benchmarks/repeats.py results/benchmark_500m 732c856e3ad1 --data corpus.tar.xz
 
-Windows are drawn with replacement, each batch from the seed and the step alone, so that the text of every step is known
-from the record. The effect is that of the repeated share of a batch on its loss, by least squares over a part of the
-steps, beside a parabola in time. Losses are those of the steps: STORE/losses-ID.json, or the log of the run's folder.
+Each batch comes from the seed and the step alone, so that the text of every step is known from the record. The effect
+is that of the repeated share of a batch on its loss, by least squares over a part of the steps, beside a parabola in
+time. Losses are those of the steps: STORE/losses-ID.json, or the log of the run's folder.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 from e88.data.corpus import open_corpus
 from e88.data.loader import WindowSampler
 from e88.study.store import load_records
+from e88.training.config import deciding
 
 PARTS = ((0.2, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, 1.0))
 
@@ -59,11 +60,11 @@ def report(store: Path, run: str, data: str) -> dict[str, Any]:
     record = next((r for r in load_records([store], [run])), None)
     if record is None:
         raise SystemExit(f"{store} has no run {run}")
-    corpus, training = open_corpus(data), record["config"]["training"]
+    corpus, training = open_corpus(data), deciding(record["config"]["training"])
     if corpus.hash != record["data"]["hash"]:
         raise SystemExit(f"{data} is not the data of run {run}")
-    window = training["window"]
-    sampler = WindowSampler(corpus.train, window, training["batch_size"], training["seed"], training.get("carry", 1))
+    window, *others = (training[key] for key in ("window", "batch_size", "seed", "carry", "sampling"))
+    sampler = WindowSampler(corpus.train, window, *others)
     losses = losses_of(store, run)
     shares = repeated_shares(sampler, len(corpus.train), window, len(losses))
     parts = []

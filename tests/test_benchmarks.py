@@ -131,7 +131,7 @@ def test_repeats_finds_what_was_read_before_and_what_that_does(tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes(bytes(np.random.default_rng(0).integers(32, 127, 20_000, dtype=np.uint8)))
     corpus = open_corpus(path, cache=tmp_path / "cache")
-    sampler, length, seen, shares = WindowSampler(corpus.train, 8, 4, 0), len(corpus.train), set(), []
+    sampler, length, seen, shares = WindowSampler(corpus.train, 8, 4, 0, sampling="draws"), len(corpus.train), set(), []
     for step in range(900):
         places = [start + at for start in sampler.starts(step) for at in range(1, 9)]
         shares.append(sum(place in seen for place in places) / 32)

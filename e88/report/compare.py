@@ -241,6 +241,7 @@ def _warnings(groups: list[Group]) -> Iterable[str]:
         ("batch sizes", "batch_size", "did not see the same bytes in order"),
         ("window lengths", "window", "did not see the same bytes in order"),
         ("windows to a carried state", "carry", "did not see the same bytes in order"),
+        ("ways to sample the text", "sampling", "did not see the same bytes in order"),
         ("held-out windows", "heldout_window", "were not scored on the same slice"),
         ("held-out context", "heldout_context", "did not read equally much before what was scored"),
     ):

@@ -15,10 +15,11 @@ from e88.models.config import build_config
 OPTIMIZERS = ("adamw", "schedulefree", "muon")
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("auto", "bf16", "fp32")
+SAMPLINGS = ("passes", "draws")
 # How often a run is saved or looked into decides nothing.
 UNDECIDING = ("checkpoint_every", "layers_every", "eval_points")
 # Keys that configurations saved earlier lack, and what they mean there. An id leaves them out where they say no more.
-LATER = {"carry": 1, "heldout_window": 0, "heldout_context": 0}
+LATER = {"carry": 1, "heldout_window": 0, "heldout_context": 0, "sampling": "draws"}
 # How several processes share a run: a whole model each, or a part of every tensor.
 MODES = ("ddp", "fsdp")
 
@@ -57,6 +58,8 @@ class TrainingConfig:
     lr: peak learning rate. warmup: fraction of the budget over which it rises linearly; the schedule then falls to
     `final_lr` times the peak at the end of the budget (schedulefree: constant after warm-up, by construction).
     muon_lr: peak rate of the matrices under `muon`. accumulate: parts a step's batch is cut into.
+    sampling: `passes`, all windows of the text in a random order before any comes again, or `draws`, each window
+    independently of all others.
     carry: windows of a row that follow one another in the text, one a step, each from the state that the one before
     left (no gradient crosses over), before the row jumps to a new place from nothing.
     heldout_window: tokens scored in a held-out window, 0 for `window`. heldout_context: tokens before it that are read
@@ -94,6 +97,7 @@ class TrainingConfig:
     carry: int = 1
     heldout_window: int = 0
     heldout_context: int = 0
+    sampling: str = "passes"
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "window", "accumulate", "heldout_bytes", "carry"):
@@ -109,7 +113,9 @@ class TrainingConfig:
                 raise UserError(f"{name} must be a whole number, 0 for {none}, got {value!r}")
         if self.batch_size % self.accumulate:
             raise UserError(f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}")
-        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("precision", PRECISIONS)):
+        for name, known in (
+            ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("precision", PRECISIONS), ("sampling", SAMPLINGS),
+        ):  # fmt: skip
             if getattr(self, name) not in known:
                 raise UserError(f"{name} '{getattr(self, name)}' is not one of {', '.join(known)}")
         for name, low, high in (
@@ -141,6 +147,11 @@ class TrainingConfig:
         data["budget"] = build_config(Budget, budget)
         config: TrainingConfig = build_config(cls, data)
         return config
+
+    @classmethod
+    def from_saved(cls, data: Mapping[str, Any]) -> TrainingConfig:
+        """The config of a record or checkpoint, however old."""
+        return cls.from_dict({**LATER, **data})
 
 
 def deciding(training: Mapping[str, Any]) -> dict[str, Any]:

@@ -99,7 +99,9 @@ def _train(
             f"{corpus.name} has {corpus.vocab_size} token ids, the model {model_config.vocab_size}; "
             f"set vocab_size = {corpus.vocab_size}"
         )
-    sampler = WindowSampler(corpus.train, config.window, config.batch_size, config.seed, config.carry)
+    sampler = WindowSampler(
+        corpus.train, config.window, config.batch_size, config.seed, config.carry, config.sampling
+    )
     scored = config.heldout_window or config.window
     heldout = heldout_windows(corpus.valid, scored, config.heldout_bytes, config.heldout_context)
     size = describe(model_config, window=config.span)

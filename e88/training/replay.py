@@ -75,7 +75,7 @@ def replay(path: str | Path, device: torch.device) -> Replay:
     tensors, meta = load_tensors(file)
     if meta.get("kind") != "bad step":
         raise UserError(f"{file} is not a bad step; give the folder of a run that diverged")
-    config = TrainingConfig.from_dict(meta["training"])
+    config = TrainingConfig.from_saved(meta["training"])
     with torch.device("meta"):
         model = LanguageModel(ModelConfig.from_dict(meta["model"]))
     restore_model(model, tensors, file)

@@ -1,13 +1,17 @@
 """Batches are a pure function of seed and step; the held-out slice is fixed."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from e88.data.corpus import Split, open_corpus
-from e88.data.loader import WindowSampler, heldout_windows
+from e88.data.loader import ROUNDS, WindowSampler, heldout_windows, shuffled
 from e88.errors import UserError
+
+SAMPLING = st.sampled_from(["passes", "draws"])
 
 
 def split_of(size, dtype=np.uint8, seed=0):
@@ -30,11 +34,11 @@ def philox(key, blocks):
 
 @given(
     size=st.integers(2, 400), window=st.integers(1, 60), batch=st.integers(1, 9), seed=st.integers(0, 2**64 - 1),
-    step=st.integers(0, 2**40),
+    step=st.integers(0, 2**40), sampling=SAMPLING,
 )  # fmt: skip
-def test_batch_is_windows_of_the_split(size, window, batch, seed, step):
+def test_batch_is_windows_of_the_split(size, window, batch, seed, step, sampling):
     split = split_of(max(size, window + 1))
-    sampler = WindowSampler(split, window, batch, seed)
+    sampler = WindowSampler(split, window, batch, seed, sampling=sampling)
     starts, found = sampler.starts(step), sampler.batch(step)
     assert found.shape == (batch, window + 1) and found.dtype == np.int64
     for start, row in zip(starts, found, strict=True):
@@ -48,29 +52,77 @@ def test_starts_are_those_of_the_published_generator(seed, step, size):
     split = Split("train", np.zeros(size, dtype=np.uint8), bytes=size)
     raw = philox((seed, step), 2)[:7]
     expected = [int((r >> 11) / 2**53 * (size - 64)) for r in raw]
-    assert WindowSampler(split, 64, 7, seed).starts(step).tolist() == expected
+    assert WindowSampler(split, 64, 7, seed, sampling="draws").starts(step).tolist() == expected
 
 
-@given(seed=st.integers(0, 2**63), resume=st.integers(0, 30))
+@given(seed=st.integers(0, 2**63), resume=st.integers(0, 30), sampling=SAMPLING)
 @settings(max_examples=30)
-def test_resumed_run_sees_the_batches_it_would_have_seen(seed, resume):
+def test_resumed_run_sees_the_batches_it_would_have_seen(seed, resume, sampling):
     split = split_of(1000)
-    whole = WindowSampler(split, 16, 4, seed)
+    whole = WindowSampler(split, 16, 4, seed, sampling=sampling)
     batches = [whole.batch(step) for step in range(40)]
-    resumed = WindowSampler(split, 16, 4, seed)
+    resumed = WindowSampler(split, 16, 4, seed, sampling=sampling)
     for step in range(resume, 40):
         assert np.array_equal(resumed.batch(step), batches[step])
     assert np.array_equal(whole.batch(resume), batches[resume])
 
 
-def test_seeds_and_steps_give_different_batches():
-    split = split_of(100_000)
-    starts = [tuple(WindowSampler(split, 16, 8, seed).starts(step)) for seed in range(20) for step in range(20)]
-    assert len(set(starts)) == 400
+@pytest.mark.parametrize("sampling", ["passes", "draws"])
+def test_seeds_and_steps_give_different_batches(sampling):
+    samplers = [WindowSampler(split_of(100_000), 16, 8, seed, sampling=sampling) for seed in range(20)]
+    assert len({tuple(sampler.starts(step)) for sampler in samplers for step in range(20)}) == 400
 
 
-def test_starts_are_uniform_and_uncorrelated():
-    sampler = WindowSampler(split_of(1064), 64, 100, seed=1)
+@given(
+    window=st.integers(1, 20), carry=st.integers(1, 3), spare=st.integers(0, 500), batch=st.integers(1, 9),
+    seed=st.integers(0, 2**64 - 1), first=st.integers(0, 3),
+)  # fmt: skip
+def test_a_pass_reads_all_of_the_text_once(window, carry, spare, batch, seed, first):
+    split, span = split_of(carry * window + 1 + spare), carry * window
+    sampler = WindowSampler(split, window, batch, seed, carry)
+    # As many blocks as a pass has: all that fit, or one less where it is not cut at the beginning.
+    count = max(1, (len(split) - span) // span)
+    steps = range(first * count // batch * carry, ((first + 1) * count // batch + 1) * carry)
+    rows = np.stack([sampler.starts(step) for step in steps]).reshape(-1, carry, batch).transpose(0, 2, 1)
+    rows = rows.reshape(-1, carry)[first * count % batch :][:count]
+    assert np.array_equal(rows, rows[:, :1] + window * np.arange(carry))
+    starts = np.sort(rows[:, 0])
+    assert len(starts) == count and (np.diff(starts) == span).all()
+    # Less than a block at each end is left out.
+    assert starts[0] < 2 * span and len(split) - 1 - (starts[-1] + span) < 2 * span
+    assert starts[0] + len(split) - 1 - (starts[-1] + span) < 2 * span
+
+
+def test_passes_differ_in_their_order_and_where_they_are_cut():
+    sampler = WindowSampler(split_of(64 * 101 + 1), 64, 100, seed=3)
+    starts = np.stack([sampler.starts(turn) for turn in range(200)])
+    offsets = starts.min(1)
+    assert len(set(offsets.tolist())) > 50 and offsets.max() <= 64
+    ranks = (starts - offsets[:, None]) // 64
+    # Where a window comes in a pass says nothing of where it comes in the next, nor of where its neighbours come.
+    places = np.argsort(ranks, axis=1)
+    centred = places - places.mean()
+    for a, b in ((centred[:-1], centred[1:]), (centred[:, :-1], centred[:, 1:])):
+        assert abs((a * b).mean() / centred.var()) < 4 / np.sqrt(a.size)
+
+
+@given(count=st.one_of(st.integers(1, 600), st.sampled_from([1024, 4096, 4097])), seed=st.integers(0, 2**32))
+def test_shuffled_is_an_order_of_all_places(count, seed):
+    keys = np.random.default_rng(seed).random(ROUNDS).tolist()
+    assert np.array_equal(np.sort(shuffled(np.arange(count), count, keys)), np.arange(count))
+
+
+def test_every_order_of_a_few_places_is_as_likely():
+    rng = np.random.default_rng(0)
+    orders = [tuple(shuffled(np.arange(4), 4, rng.random(ROUNDS).tolist())) for _ in range(4800)]
+    counts = np.array(list(Counter(orders).values()))
+    assert len(counts) == 24
+    # Chi-square with 23 degrees of freedom: mean 23, standard deviation 7.
+    assert ((counts - 200) ** 2 / 200).sum() < 23 + 4 * 7
+
+
+def test_drawn_starts_are_uniform_and_uncorrelated():
+    sampler = WindowSampler(split_of(1064), 64, 100, seed=1, sampling="draws")
     starts = np.stack([sampler.starts(step) for step in range(1000)])
     counts = np.bincount(starts.ravel(), minlength=1000)
     assert counts.shape == (1000,)
@@ -130,15 +182,15 @@ def test_context_decides_nothing_of_what_is_scored(spare, window, max_bytes, con
 
 @given(
     window=st.integers(1, 30), carry=st.integers(1, 6), spare=st.integers(0, 200), seed=st.integers(0, 2**64 - 1),
-    block=st.integers(0, 2**30),
+    block=st.integers(0, 2**30), sampling=SAMPLING,
 )  # fmt: skip
-def test_windows_of_a_block_follow_one_another(window, carry, spare, seed, block):
+def test_windows_of_a_block_follow_one_another(window, carry, spare, seed, block, sampling):
     split = split_of(carry * window + 1 + spare)
-    sampler = WindowSampler(split, window, 3, seed, carry)
+    sampler = WindowSampler(split, window, 3, seed, carry, sampling)
     batches = [sampler.batch(block * carry + turn) for turn in range(carry)]
     whole = np.concatenate([batches[0][:, :1], *(batch[:, 1:] for batch in batches)], axis=1)
     # Where a window as long as the block would be.
-    assert np.array_equal(whole, WindowSampler(split, carry * window, 3, seed).batch(block))
+    assert np.array_equal(whole, WindowSampler(split, carry * window, 3, seed, 1, sampling).batch(block))
     assert all(np.array_equal(a[:, -1], b[:, 0]) for a, b in zip(batches[:-1], batches[1:], strict=True))
 
 

@@ -1,6 +1,7 @@
 """What decides a run, and that runs keep their ids."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,36 +28,41 @@ def test_published_runs_keep_their_ids(path):
     done = [record for record in records if record["status"] == "done"]
     assert done
     for record in done:
-        training = TrainingConfig.from_dict(record["config"]["training"])
+        training = TrainingConfig.from_saved(record["config"]["training"])
         for saved in (record["config"]["training"], training.to_dict()):
             assert config_hash(record["config"]["model"], saved, record["data"]["hash"]) == record["id"]
 
 
 def test_a_key_that_came_later_counts_where_it_says_something():
-    saved = config().to_dict()
+    saved = config(sampling="draws").to_dict()
     old = {key: value for key, value in saved.items() if key not in LATER}
     ids = [run_id(old), run_id(saved), run_id({**saved, "heldout_window": 16})]
     assert len(set(ids)) == 1 and deciding(old) == deciding(saved) == deciding({**saved, "heldout_window": 16})
-    others = [{"carry": 2}, {"heldout_window": 8}, {"heldout_context": 16}]
-    assert len({*ids, *(run_id(config(**other).to_dict()) for other in others)}) == 4
+    others = [{"carry": 2}, {"heldout_window": 8}, {"heldout_context": 16}, {"sampling": "passes"}]
+    assert len({*ids, *(run_id({**saved, **other}) for other in others)}) == 5
+    assert TrainingConfig.from_saved(old) == config(sampling="draws")
 
 
 def test_a_checkpoint_from_before_such_a_key_goes_on(corpus, tiny, tmp_path):
-    train(tiny, config(), corpus, tmp_path)
+    train(tiny, config(sampling="draws"), corpus, tmp_path)
     path = tmp_path / "checkpoint.safetensors"
     tensors, meta = load_tensors(path)
     for key in LATER:
         del meta["training"][key]
     del meta["carried"]
     save_tensors(path, tensors, meta)
-    assert train(tiny, config(heldout_window=16), corpus, tmp_path, resume=True)["results"]["steps"] == 2
-    with pytest.raises(UserError, match="training.carry: 1 there, 4 asked for"):
-        train(tiny, config(carry=4), corpus, tmp_path, resume=True)
+    same = config(heldout_window=16, sampling="draws")
+    assert train(tiny, same, corpus, tmp_path, resume=True)["results"]["steps"] == 2
+    for other, told in (({"carry": 4}, "carry: 1 there, 4"), ({"sampling": "passes"}, "sampling: draws there, passes")):
+        with pytest.raises(UserError, match=f"training.{told} asked for"):
+            train(tiny, replace(same, **other), corpus, tmp_path, resume=True)
 
 
 @pytest.mark.parametrize(
-    "bad", [{"carry": 0}, {"carry": 1.5}, {"carry": True}, {"heldout_window": -1}, {"heldout_context": 0.5}]
-)
+    "bad",
+    [{"carry": 0}, {"carry": 1.5}, {"carry": True}, {"heldout_window": -1}, {"heldout_context": 0.5},
+     {"sampling": "epochs"}],
+)  # fmt: skip
 def test_senseless_values_are_one_line_errors(bad):
     with pytest.raises(UserError, match=next(iter(bad))):
         config(**bad)
