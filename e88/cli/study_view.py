@@ -69,13 +69,14 @@ def plan_rows(experiment: Experiment, ended: Collection[str], throughput: Throug
 def show_plan(rows: Sequence[dict[str, Any]], hardware: str) -> None:
     """The rows, and the total in hours of one GPU (or of one slot of the processor)."""
     console = Console()
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for title in ("Model", "Budget", "Params", "Runs", "Left", "A run", "From"):
         table.add_column(title, justify="left" if title in ("Model", "Budget", "From") else "right", overflow="fold")
     for row in rows:
         ((unit, amount),) = row["limit"].items()
+        limit = f"{amount:g} s" if unit == "seconds" else f"{human_count(amount)} {unit}"
         each = "" if row["seconds_each"] is None else duration(row["seconds_each"])
-        cells = [row["model"], f"{row['budget']}: {amount:,g} {unit}", human_count(row["params"]), str(row["runs"]),
+        cells = [row["model"], f"{row['budget']}: {limit}", human_count(row["params"]), str(row["runs"]),
                  str(row["left"]), each, row["basis"]]  # fmt: skip
         table.add_row(*map(Text, cells))
     console.print(table)
