@@ -43,14 +43,14 @@ def test_the_benchmark_is_two_tables_of_all_rows_and_one_of_the_main_ones():
 
 def test_the_published_runs_of_the_recipe_are_runs_of_its_study():
     study = load_study(FOLDER / "recipe_500m.toml")
-    specs = [run.spec for scale in ("small", "full") for run in study.at(scale).runs]
+    specs = [run.spec for scale in ("small", "medium", "full") for run in study.at(scale).runs]
     path = FOLDER.parent / "results" / "recipe_500m" / "records.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
     (data,) = {record["data"]["hash"] for record in records}
     planned = {config_hash(spec.model.to_dict(), spec.training.to_dict(), data) for spec in specs}
     assert {record["id"] for record in records} <= planned
     # The models that differ in windows, carry or context differ in nothing else, tokens a step included.
-    for scale in ("smoke", "small", "full"):
+    for scale in ("smoke", "small", "medium", "full"):
         wide, *others = (study.at(scale, seeds=1).planned[name, "minute", 0].spec for name in WINDOWS)
         assert len({config_hash(s.model.to_dict(), s.training.to_dict(), data) for s in (wide, *others)}) == 8
         for other in others:
