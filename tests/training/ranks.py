@@ -30,8 +30,9 @@ from e88.training.distributed import Group, joined
 # Three heads make rows that two processes cannot share evenly. The norm clips, and decay shows on what is free of it.
 MODEL = ModelConfig(dim=16, depth=2, mixer=E88Config(n_heads=3, n_state=8, gate=True, conv=4, head_norm=True))
 BASE = TrainingConfig(
-    budget=Budget(steps=6), batch_size=8, window=16, lr=1e-2, clip=0.3, weight_decay=0.5, heldout_bytes=1900, warmup=0.0
-)
+    budget=Budget(steps=6), batch_size=8, window=16, lr=1e-2, clip=0.3, weight_decay=0.5, heldout_bytes=1900,
+    warmup=0.0, sampling="draws",
+)  # fmt: skip
 STOP, BAD = 3, 2
 # Name -> (mode, what differs from BASE).
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -71,8 +71,9 @@ def agree(one, two):
     a, b = (json.loads((folder / "record.json").read_text()) for folder in (one, two))
     for key in ("train_loss", "heldout_bpb", "heldout_interval", "heldout_windows"):
         assert b["results"][key] == pytest.approx(a["results"][key], rel=3e-6)
+    # Over few tokens each, where rounding averages out less.
     for point, other in zip(a["heldout_by_position"], b["heldout_by_position"], strict=True):
-        assert other == pytest.approx(point, rel=3e-6)
+        assert other == pytest.approx(point, rel=1e-4)
     assert a["id"] == b["id"]
     tensors, others = (load_tensors(folder)[0] for folder in (one, two))
     assert tensors.keys() == others.keys()
