@@ -145,7 +145,8 @@ def _carried(run: Run, tensors: dict[str, Tensor]) -> Any:
 
 def carried(tensors: dict[str, Tensor], meta: dict[str, Any], device: torch.device) -> dict[int, LMState]:
     """The states from which the next step of a checkpoint goes on, or the bad step itself: see `Carry.before`."""
-    states: dict[int, LMState] = unflatten(meta["carried"], {name: t.to(device) for name, t in tensors.items()})
+    own = {name: t.to(device) for name, t in tensors.items() if name.startswith("carried.")}
+    states: dict[int, LMState] = unflatten(meta["carried"], own)
     return states
 
 
