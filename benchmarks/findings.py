@@ -6,8 +6,8 @@
 A table stands between `<!-- models FOLDER SCALE [WORDS] -->` or `<!-- claims FOLDER SCALE [PATTERN ...] -->` and
 `<!-- end -->`. FOLDER is a store under results/ with the report of its study (`e88 study report`). WORDS: of the
 comparison's title, such as a budget; PATTERN: names of claims, with * and ?. A held-out figure leads to its record, a
-line of the store; a verdict to its place on the study's page, which lists the runs behind it. docs/minute-500m.svg and
-docs/ten-minutes-500m.svg have the models of the 500M benchmark that ran for so long.
+line of the store; a verdict to its place on the study's page, which lists the runs behind it. docs/minute-500m.svg,
+docs/ten-minutes-500m.svg and docs/positions-500m.svg have the models of the 500M benchmark that ran for so long.
 """
 
 from __future__ import annotations
@@ -31,8 +31,12 @@ from e88.study.verdict import Verdict
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "findings.md"
-# By words of the comparison's title.
-FIGURES = {"60 s of": ROOT / "docs" / "minute-500m.svg", "10 min": ROOT / "docs" / "ten-minutes-500m.svg"}
+# File in docs/ -> (words of the comparison's title, against what).
+FIGURES = {
+    "minute-500m.svg": ("60 s of", "time"),
+    "ten-minutes-500m.svg": ("10 min", "time"),
+    "positions-500m.svg": ("10 min", "position"),
+}
 TABLE = re.compile(r"(<!-- (models|claims) (\S+) (\S+)(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -97,11 +101,12 @@ def claims(folder: str, scale: str, patterns: str) -> Iterator[str]:
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def picture(words: str, path: Path) -> Path:
+def picture(words: str, by: str, path: Path) -> Path:
     """A comparison of the 500M benchmark, each run under its model's name in the study."""
     known = records("benchmark_500m")
     rows = comparison("benchmark_500m", "full", words)
-    return write_figure([{**known[run][1], "name": row["model"]} for row in rows for run in row["ids"].split()], path)
+    runs = [{**known[run][1], "name": row["model"]} for row in rows for run in row["ids"].split()]
+    return write_figure(runs, path, by)
 
 
 def rewritten(text: str) -> str:
@@ -121,7 +126,8 @@ def main() -> int:
     options = parser.parse_args()
     with TemporaryDirectory() as folder:
         new = {PAGE: rewritten(PAGE.read_text())}
-        new |= {path: picture(words, Path(folder) / path.name).read_text() for words, path in FIGURES.items()}
+        for name, (words, by) in FIGURES.items():
+            new[ROOT / "docs" / name] = picture(words, by, Path(folder) / name).read_text()
     for path, text in new.items():
         if options.check and (not path.exists() or path.read_text() != text):
             print(f"{path.name} is not what the records say; run python benchmarks/findings.py", file=sys.stderr)

@@ -51,25 +51,29 @@ def figures(comparison: Comparison, timed: bool = True) -> list[Figure]:
     return [figure for figure in found if figure is not None]
 
 
-def write_figure(records: Sequence[Record], path: str | os.PathLike[str]) -> Path:
+def write_figure(records: Sequence[Record], path: str | os.PathLike[str], by: str = "time") -> Path:
     """Write the picture of a comparison as a standalone SVG for light and dark themes: bits per byte against time.
 
     It shows the largest comparison among the records: held-out bits per byte where the runs were evaluated on the way,
-    else those of training. Raises UserError where there is nothing to draw or the file cannot be written.
+    else those of training. by: `time`, or `position`: held-out bits per byte along the window. Raises UserError where
+    there is nothing to draw or the file cannot be written.
     """
     comparison = comparisons(records)[0]
-    measure = HELDOUT if has_heldout_curves(comparison) else LOSS_BPB
-    curves = comparison_curves(comparison, measure, "seconds")
+    measure, x_key, against = HELDOUT if has_heldout_curves(comparison) else LOSS_BPB, "seconds", "against training time"
+    if by == "position":
+        measure, x_key, against = BY_POSITION, "position", "along the window"
+    curves = comparison_curves(comparison, measure, x_key)
     if not curves:
         raise UserError("no run has a curve to draw; report runs that finished")
     width, height = 860.0, 450.0
-    canvas = Canvas(width, height, f"{measure.title} against training time")
-    canvas.text(16, 26, f"{measure.title[0].upper()}{measure.title[1:]} against training time", css="title")
+    title = f"{measure.title[0].upper()}{measure.title[1:]} {against}"
+    canvas = Canvas(width, height, title)
+    canvas.text(16, 26, title, css="title")
     seeds = max(curve.seeds for curve in curves)
     told = comparison.title + (f"; mean and range of {seeds} seeds" if seeds > 1 else "; one seed")
     canvas.text(16, 48, shorten(told, width - 32), css="soft")
     look = styles(comparison.groups)
-    draw_curves(canvas, curves, look, Box(62, 92, width - 12, height - 50), X_TITLES["seconds"], measure.title)
+    draw_curves(canvas, curves, look, Box(62, 92, width - 12, height - 50), X_TITLES[x_key], measure.title)
     return write_text(path, canvas.markup(standalone=True, caption=headline(comparison)))
 
 
