@@ -134,6 +134,7 @@ class ModelConfig:
     branch_gain: what the output projections of mixers and MLPs begin at, over their usual size. Where branches add
     little to the residual stream, the tied head of a wide model begins by predicting each token to follow itself:
     either gain is a remedy.
+    hybrid: what every `hybrid_every`-th block has in place of `mixer`, such as attention, or E88 with larger states.
     """
 
     dim: int
@@ -143,47 +144,92 @@ class ModelConfig:
     mlp_hidden: int = field(default=0)
     output_gain: float = 1.0
     branch_gain: float = 1.0
+    hybrid: MixerConfig | None = None
+    hybrid_every: int = 0
 
     def __post_init__(self) -> None:
         _positive(self, "dim", "depth", "vocab_size")
         _require(0 <= self.output_gain <= 100, f"output_gain must be from 0 (by width) to 100, got {self.output_gain}")
         _require(0 < self.branch_gain <= 100, f"branch_gain must be above 0, at most 100, got {self.branch_gain}")
         _require(isinstance(self.mlp_hidden, int) and self.mlp_hidden >= 0, "mlp_hidden must be an integer >= 0")
-        mixer = self.mixer
-        if isinstance(mixer, Mamba2Config):
-            inner = mixer.expand * self.dim
-            _require(
-                inner % mixer.head_dim == 0,
-                f"expand * dim = {inner} is not a multiple of head_dim {mixer.head_dim}; change dim or head_dim",
-            )
-            heads = inner // mixer.head_dim
-            _require(heads % mixer.n_groups == 0, f"{heads} heads do not divide into n_groups = {mixer.n_groups}")
-        if isinstance(mixer, AttentionConfig):
-            ok = self.dim % mixer.n_heads == 0 and (self.dim // mixer.n_heads) % 2 == 0
-            _require(ok, f"dim {self.dim} does not divide into {mixer.n_heads} heads of an even width; change n_heads")
+        _check_width(self.dim, self.mixer)
+        if self.hybrid is None:
+            _require(self.hybrid_every == 0, "hybrid_every needs hybrid, the other mixer")
+        else:
+            _check_width(self.dim, self.hybrid)
+            ok = isinstance(self.hybrid_every, int) and 2 <= self.hybrid_every <= self.depth
+            _require(ok, f"hybrid_every must be from 2 to depth = {self.depth}, got {self.hybrid_every}")
+
+    @property
+    def mixers(self) -> tuple[MixerConfig, ...]:
+        """The mixer of each block."""
+        every = self.hybrid_every
+        return tuple(
+            self.hybrid if self.hybrid is not None and block % every == 0 else self.mixer
+            for block in range(1, self.depth + 1)
+        )
+
+    def parts(self) -> list[ModelConfig]:
+        """A model of one mixer for each mixer of this one, with as many blocks as have it."""
+        if self.hybrid is None:
+            return [self]
+        blocks = self.depth // self.hybrid_every
+        alone = dataclasses.replace(self, depth=self.depth - blocks, hybrid=None, hybrid_every=0)
+        return [alone, dataclasses.replace(alone, depth=blocks, mixer=self.hybrid)]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able form; `from_dict` gives back an equal config."""
         data = dataclasses.asdict(self)
         data["mixer"] = {"kind": self.mixer.kind, **data["mixer"]}
+        # Runs of the time before these options keep their ids.
         if self.branch_gain == 1:
-            # Runs of the time before this option keep their ids.
             del data["branch_gain"]
+        if self.hybrid is None:
+            del data["hybrid"], data["hybrid_every"]
+        else:
+            data["hybrid"] = {"kind": self.hybrid.kind, **data["hybrid"]}
         return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelConfig:
-        """The config of a mapping; unknown or missing keys raise UserError naming the nearest known key."""
+        """The config of a mapping; unknown or missing keys raise UserError naming the nearest known key.
+
+        What `hybrid` does not say it has from a mixer of its own kind.
+        """
         data = dict(data)
-        mixer = data.get("mixer")
-        if not isinstance(mixer, Mapping) or "kind" not in mixer:
-            raise UserError(f"the model's mixer needs a kind, one of {', '.join(MIXER_CONFIGS)}")
-        options = dict(mixer)
-        kind = options.pop("kind")
-        if kind not in MIXER_CONFIGS:
-            raise unknown_name("mixer kind", str(kind), MIXER_CONFIGS)
-        data["mixer"] = build_config(MIXER_CONFIGS[kind], options)
+        data["mixer"] = build_mixer_config(data.get("mixer"))
+        if "hybrid" in data:
+            data["hybrid"] = build_mixer_config(data["hybrid"], data["mixer"])
         return build_config(cls, data)
+
+
+def _check_width(dim: int, mixer: MixerConfig) -> None:
+    """UserError where a mixer cannot have a stream of width `dim`."""
+    if isinstance(mixer, Mamba2Config):
+        inner = mixer.expand * dim
+        _require(
+            inner % mixer.head_dim == 0,
+            f"expand * dim = {inner} is not a multiple of head_dim {mixer.head_dim}; change dim or head_dim",
+        )
+        heads = inner // mixer.head_dim
+        _require(heads % mixer.n_groups == 0, f"{heads} heads do not divide into n_groups = {mixer.n_groups}")
+    if isinstance(mixer, AttentionConfig):
+        ok = dim % mixer.n_heads == 0 and (dim // mixer.n_heads) % 2 == 0
+        _require(ok, f"dim {dim} does not divide into {mixer.n_heads} heads of an even width; change n_heads")
+
+
+def build_mixer_config(given: Any, other: MixerConfig | None = None) -> MixerConfig:
+    """A mixer's config from a mapping with its kind; what that lacks comes from `other` where that is of its kind."""
+    if not isinstance(given, Mapping) or "kind" not in given:
+        raise UserError(f"a mixer needs a kind, one of {', '.join(MIXER_CONFIGS)}")
+    options = dict(given)
+    kind = options.pop("kind")
+    if kind not in MIXER_CONFIGS:
+        raise unknown_name("mixer kind", str(kind), MIXER_CONFIGS)
+    if other is not None and other.kind == kind:
+        options = {**dataclasses.asdict(other), **options}
+    built: MixerConfig = build_config(MIXER_CONFIGS[kind], options)
+    return built
 
 
 _TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}

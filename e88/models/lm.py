@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from e88.layers.common import ResidualRMSNorm
 from e88.layers.mixer import State, build_mixer
-from e88.models.config import ModelConfig
+from e88.models.config import MixerConfig, ModelConfig
 from e88.ops.backends import triton_serves
 from e88.ops.norms import wide
 
@@ -47,10 +47,10 @@ class Block(nn.Module):
     What a branch adds reaches the stream in the next norm, which reads both; `add` is what the block before left.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, mixer: MixerConfig) -> None:
         super().__init__()
         self.norm = ResidualRMSNorm(config.dim)
-        self.mixer = build_mixer(config.dim, config.mixer)
+        self.mixer = build_mixer(config.dim, mixer)
         self.mlp_norm = ResidualRMSNorm(config.dim) if config.mlp_hidden else None
         self.mlp = MLP(config.dim, config.mlp_hidden) if config.mlp_hidden else None
 
@@ -93,7 +93,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config, mixer) for mixer in config.mixers)
         self.norm = ResidualRMSNorm(config.dim)
         self._initialise()
 

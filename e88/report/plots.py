@@ -59,9 +59,11 @@ def write_figure(records: Sequence[Record], path: str | os.PathLike[str], by: st
     there is nothing to draw or the file cannot be written.
     """
     comparison = comparisons(records)[0]
-    measure, x_key, against = HELDOUT if has_heldout_curves(comparison) else LOSS_BPB, "seconds", "against training time"
     if by == "position":
         measure, x_key, against = BY_POSITION, "position", "along the window"
+    else:
+        measure = HELDOUT if has_heldout_curves(comparison) else LOSS_BPB
+        x_key, against = "seconds", "against training time"
     curves = comparison_curves(comparison, measure, x_key)
     if not curves:
         raise UserError("no run has a curve to draw; report runs that finished")

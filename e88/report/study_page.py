@@ -29,7 +29,7 @@ from e88.report.sweeps import find_sweeps, law_figure, sweep_figure
 from e88.report.tables import Row, comparison_rows
 from e88.study.claims import SPEEDS
 from e88.study.design import Experiment
-from e88.study.findings import ScalingLaw
+from e88.study.findings import ScalingLaw, kinds_of
 from e88.study.statistics import Estimate
 from e88.study.store import Store
 from e88.study.verdict import UNDECIDED, Verdict
@@ -266,7 +266,7 @@ def _law_figures(laws: Sequence[ScalingLaw], parts: Sequence[Field]) -> list[Fig
         for run in (run for part in chosen for comparison in part.comparisons for run in comparison.runs):
             at, loss = _place(run, variable), dig(run, "results", "heldout_bpb")
             if run["status"] == "done" and at and loss is not None:
-                points[str(dig(run, "config", "model", "mixer", "kind"))].append((at, loss))
+                points[kinds_of(run)].append((at, loss))
         thinned = {kind: every[:: math.ceil(len(every) / MOST_POINTS)] for kind, every in points.items()}
         name = {"params": "parameters", "FLOPs": "compute"}.get(variable, variable)
         title = f"Scaling law over {name}, " + (f"budget {where}" if where in chosen[0].budgets else where)

@@ -107,7 +107,8 @@ def mixer_shapes(dim: int, mixer: MixerConfig) -> Shapes:
 
 
 def block_shapes(config: ModelConfig) -> Shapes:
-    """(group, shape) of every parameter of one block: norm, mixer and, where asked for, norm and SwiGLU MLP."""
+    """(group, shape) of every parameter of one block with the model's first mixer: norm, mixer and, where asked for,
+    norm and SwiGLU MLP."""
     dim, hidden = config.dim, config.mlp_hidden
     shapes: Shapes = [("norms", (dim,)), *mixer_shapes(dim, config.mixer)]
     if hidden:
@@ -116,7 +117,8 @@ def block_shapes(config: ModelConfig) -> Shapes:
 
 
 def block_params(config: ModelConfig) -> int:
-    """Parameters of one block; the model has `depth` of them, the embedding and the final norm."""
+    """Parameters of one block with the model's first mixer; a model of one mixer has `depth` of them, the embedding and
+    the final norm."""
     return sum(prod(shape) for _, shape in block_shapes(config))
 
 
@@ -125,22 +127,25 @@ def params_by_group(config: ModelConfig) -> dict[str, int]:
     counts = dict.fromkeys(GROUPS, 0)
     counts["embedding"] = config.vocab_size * config.dim
     counts["norms"] = config.dim
-    for group, shape in block_shapes(config):
-        counts[group] += config.depth * prod(shape)
+    for part in config.parts():
+        for group, shape in block_shapes(part):
+            counts[group] += part.depth * prod(shape)
     return {group: count for group, count in counts.items() if count}
 
 
 def count_params(config: ModelConfig) -> int:
     """Parameters of the model, exactly: the sum of `params_by_group`."""
-    return config.depth * block_params(config) + (config.vocab_size + 1) * config.dim
+    return sum(part.depth * block_params(part) for part in config.parts()) + (config.vocab_size + 1) * config.dim
 
 
 def state_per_layer(config: ModelConfig, window: int = 512) -> int:
     """Elements of one layer's state for one sequence: E88 and Gated DeltaNet H*K*V, Mamba2 expand*D*d_state.
 
     Attention has no fixed state: its key and value cache after `window` tokens, 2*D*window. The few inputs that a short
-    convolution remembers are left out, as in the documents.
+    convolution remembers are left out, as in the documents. Of a hybrid the mean over its layers, rounded.
     """
+    if config.hybrid is not None:
+        return round(state_total(config, window) / config.depth)
     mixer = config.mixer
     if isinstance(mixer, E88Config):
         return mixer.n_heads * mixer.head_k_dim * mixer.head_v_dim
@@ -149,6 +154,11 @@ def state_per_layer(config: ModelConfig, window: int = 512) -> int:
     if isinstance(mixer, Mamba2Config):
         return mixer.expand * config.dim * mixer.d_state
     return 2 * config.dim * window
+
+
+def state_total(config: ModelConfig, window: int = 512) -> int:
+    """Elements of all layers' states for one sequence."""
+    return sum(part.depth * state_per_layer(part, window) for part in config.parts())
 
 
 def projection_ratio(config: ModelConfig) -> float | None:
@@ -162,14 +172,15 @@ def dim_over_inner(config: ModelConfig) -> float | None:
 
 
 def mixing_flops_per_token(config: ModelConfig, window: int = 512) -> float:
-    """Forward FLOPs per token of one layer's sequence mixing, beyond its matrices. An exp or tanh counts as one.
+    """Forward FLOPs per token of sequence mixing in one layer with the model's first mixer, beyond its matrices. An exp
+    or tanh counts as one.
 
     Per state element: E88 reads (2), decays (1), writes k e^T (2), takes tanh (1) and reads out with q (2), so 8 H K V,
     less what an option switches off; Gated DeltaNet the same without tanh, 7 H K V; Mamba2 decays (1), writes (2) and
     reads out (2), 5 expand*D d_state. These are the recurrences themselves, not the extra work of a chunked kernel.
     Attention: scores and weighted sum, 2 D each per visible key, with (window + 1)/2 keys visible on average.
     """
-    state = state_per_layer(config, window)
+    state = state_per_layer(config.parts()[0], window)
     mixer = config.mixer
     if isinstance(mixer, E88Config):
         return state * (8 - mixer.linear_state - (mixer.decay == "none"))
@@ -186,9 +197,11 @@ def flops_per_token(config: ModelConfig, window: int = 512) -> float:
     The 6 is a multiply and an add, forward and twice again backward (Kaplan et al., 2020). The tied matrix counts once,
     as the head; the embedding look-up is free. Norms, activations and the loss are left out.
     """
-    weights = config.depth * sum(prod(shape) for _, shape in block_shapes(config) if len(shape) == 2)
-    weights += config.vocab_size * config.dim
-    return float(6 * weights + 3 * config.depth * mixing_flops_per_token(config, window))
+    flops = 6.0 * config.vocab_size * config.dim
+    for part in config.parts():
+        weights = sum(prod(shape) for _, shape in block_shapes(part) if len(shape) == 2)
+        flops += part.depth * (6 * weights + 3 * mixing_flops_per_token(part, window))
+    return flops
 
 
 def describe(config: ModelConfig, window: int = 512, on: Hardware | None = None) -> dict[str, Any]:
@@ -196,16 +209,16 @@ def describe(config: ModelConfig, window: int = 512, on: Hardware | None = None)
 
     `window` (tokens) enters the FLOPs and the state of attention only; `on` (hardware) only the warnings. `state_bytes`
     is float32, for one sequence, over all layers. `projection_ratio`, `dim_over_inner` and the guides' verdicts exist
-    for E88 alone: None and [] for other mixers.
+    for E88 alone: None and [] for other mixers; of a hybrid they are those of its first mixer.
     """
     groups = params_by_group(config)
-    per_layer = state_per_layer(config, window)
+    total = state_total(config, window)
     return {
         "params": sum(groups.values()),
         "params_by_group": groups,
-        "state_per_layer": per_layer,
-        "state_total": config.depth * per_layer,
-        "state_bytes": config.depth * per_layer * FLOAT32_BYTES,
+        "state_per_layer": state_per_layer(config, window),
+        "state_total": total,
+        "state_bytes": total * FLOAT32_BYTES,
         "projection_ratio": projection_ratio(config),
         "dim_over_inner": dim_over_inner(config),
         "flops_per_token": flops_per_token(config, window),

@@ -28,6 +28,8 @@ def fit(
         raise UserError(
             f"shapes are searched for E88 models, not for {template.mixer.kind}; give an e88 preset or file"
         )
+    if template.hybrid is not None:
+        raise UserError("shapes are searched for models of one mixer; leave out hybrid")
     best: tuple[float, ModelConfig] | None = None
     dim = 16
     while True:

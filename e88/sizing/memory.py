@@ -19,9 +19,10 @@ def training_memory(config: ModelConfig, batch: int = 32, window: int = 512) -> 
     """
     params = count_params(config)
     activations = 2 * batch * window * token_values(config)
-    if isinstance(config.mixer, E88Config):
-        steps, width = kept_states(config.mixer)
-        activations += width * batch * (window // steps + 1) * config.depth * state_per_layer(config)
+    for part in config.parts():
+        if isinstance(part.mixer, E88Config):
+            steps, width = kept_states(part.mixer)
+            activations += width * batch * (window // steps + 1) * part.depth * state_per_layer(part)
     parts = {"weights": 6 * params, "optimizer": 8 * params, "activations": activations, "gradients": 4 * params}
     return {**parts, "total": 14 * params + max(activations, 4 * params)}
 
@@ -30,7 +31,7 @@ def token_values(config: ModelConfig) -> int:
     """Values of 16 bits that a model keeps for each token, E88's states apart. Of an MLP: the norm's output, both
     projections and their product."""
     mlp = config.dim + 3 * config.mlp_hidden if config.mlp_hidden else 0
-    return config.depth * (mixer_values(config.dim, config.mixer) + mlp) + 4 * config.vocab_size
+    return sum(mixer_values(config.dim, mixer) + mlp for mixer in config.mixers) + 4 * config.vocab_size
 
 
 def mixer_values(dim: int, mixer: MixerConfig) -> int:

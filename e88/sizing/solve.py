@@ -126,12 +126,15 @@ def matched(
     if kind == "e88":
         return solve(target, depth=depth, vocab_size=vocab_size, tolerance=tolerance, top=1)[0].config
     found: list[tuple[float, ModelConfig]] = []
-    for shape, unusual in _rival_shapes(kind, target, depth, vocab_size):
-        for layers in _depths(shape, block_params(shape), target, tolerance, depth):
-            config = dataclasses.replace(shape, depth=layers)
-            near = abs(count_params(config) - target) / (tolerance * target)
-            found.append((near / 2 + _off_band(shape.dim / layers, *ASPECTS[kind]) + unusual, config))
-    if not found:
+    for heads_off in (0, 1):
+        for shape, unusual in _rival_shapes(kind, target, depth, vocab_size, heads_off):
+            for layers in _depths(shape, block_params(shape), target, tolerance, depth):
+                config = dataclasses.replace(shape, depth=layers)
+                near = abs(count_params(config) - target) / (tolerance * target)
+                found.append((near / 2 + _off_band(shape.dim / layers, *ASPECTS[kind]) + unusual, config))
+        if found:
+            break
+    else:
         where = "" if depth is None else f" at depth {depth}"
         raise UserError(f"no {kind} shape{where} within {tolerance:.1%} of {human_count(target)} parameters")
     return min(found, key=lambda pair: pair[0])[1]
@@ -247,11 +250,11 @@ def _with_heads(shape: ModelConfig, heads: int, depth: int) -> ModelConfig:
 
 
 def _rival_shapes(
-    kind: str, target: int, depth: int | None, vocab_size: int
+    kind: str, target: int, depth: int | None, vocab_size: int, heads_off: int
 ) -> Iterator[tuple[ModelConfig, float]]:
     """(shape at depth 1, penalty for an unusual inner width) of a rival; the head width follows the model's."""
     for dim in _widths():
-        for mixer, hidden, unusual in _rival_mixers(kind, dim):
+        for mixer, hidden, unusual in _rival_mixers(kind, dim, heads_off):
             shape = ModelConfig(dim=dim, depth=1, mixer=mixer, vocab_size=vocab_size, mlp_hidden=hidden)
             # The first of a width is typical of them all.
             if not _plausible(shape, target, depth):
@@ -259,8 +262,11 @@ def _rival_shapes(
             yield shape, unusual
 
 
-def _rival_mixers(kind: str, dim: int) -> Iterator[tuple[MixerConfig, int, float]]:
-    """(mixer, mlp_hidden, penalty) of each shape of a rival at one width, the most usual first."""
+def _rival_mixers(kind: str, dim: int, heads_off: int) -> Iterator[tuple[MixerConfig, int, float]]:
+    """(mixer, mlp_hidden, penalty) of each shape of a rival at one width, the most usual first.
+
+    heads_off: how many heads more or fewer Gated DeltaNet may have than fill the width.
+    """
     width = 128 if dim >= 768 else 64 if dim >= 256 else 32
     if kind == "mamba2":
         head_dim = 64 if dim >= 512 else 32
@@ -270,7 +276,7 @@ def _rival_mixers(kind: str, dim: int) -> Iterator[tuple[MixerConfig, int, float
             if dim < 512:
                 yield Mamba2Config(head_dim=head_dim, d_state=64), 0, 0.5
     elif kind == "gated_deltanet" and dim % (width // 2) == 0:
-        for heads in sorted({dim // width, -(-dim // width)} - {0}):
+        for heads in sorted(set(range(dim // width - heads_off, -(-dim // width) + heads_off + 1)) - {-1, 0}):
             mixer = GatedDeltaNetConfig(n_heads=heads, head_dim=width, expand_v=2.0)
             yield mixer, 0, abs(math.log2(heads * width / dim))
     elif kind == "attention" and dim % (width // 2) == 0:

@@ -45,6 +45,12 @@ class _Final:
     loss: float
 
 
+def kinds_of(record: Record) -> str:
+    """The kind of a run's mixer, or both of a hybrid's, such as `e88+attention`."""
+    model = record["config"]["model"]
+    return "+".join(model[key]["kind"] for key in ("mixer", "hybrid") if key in model)
+
+
 def scaling_laws(experiment: Experiment, records: Mapping[str, Record]) -> list[ScalingLaw]:
     """Every law that the runs which are done can carry: over parameters at each budget, over tokens, over compute, and
     over parameters and tokens together."""
@@ -54,7 +60,7 @@ def scaling_laws(experiment: Experiment, records: Mapping[str, Record]) -> list[
         if record is None or record["status"] != "done" or record["results"].get(LOSS) is None:
             continue
         size, results = record["model"], record["results"]
-        kind = record["config"]["model"]["mixer"]["kind"]
+        kind = kinds_of(record)
         flops = size["flops_per_token"] * results["tokens"]
         finals[kind].append(_Final(kind, budget, size["params"], results["tokens"], flops, results[LOSS]))
     laws = []

@@ -16,13 +16,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from e88.errors import UserError
-from e88.models.config import AttentionConfig, E88Config, GatedDeltaNetConfig, Mamba2Config, ModelConfig, build_config
+from e88.models.config import (
+    AttentionConfig,
+    E88Config,
+    GatedDeltaNetConfig,
+    Mamba2Config,
+    ModelConfig,
+    build_config,
+    build_mixer_config,
+)
 from e88.sizing.closed_form import block_params
 from e88.sizing.presets import preset
 from e88.sizing.solve import TOLERANCE, matched, mixer_kind, solve
 from e88.sizing.units import parse_count
 
-MODEL_KEYS = ("dim", "depth", "vocab_size", "mlp_hidden", "output_gain", "branch_gain")
+MODEL_KEYS = ("dim", "depth", "vocab_size", "mlp_hidden", "output_gain", "branch_gain", "hybrid", "hybrid_every")
 SOLVED_KEYS = ("dim", "depth", "n_heads", "n_state")
 WIDTH_STEP = 8
 
@@ -71,6 +79,8 @@ def _with(config: ModelConfig, options: Mapping[str, Any]) -> ModelConfig:
     model = {key: value for key, value in options.items() if key in MODEL_KEYS}
     mixer = {key: value for key, value in options.items() if key not in MODEL_KEYS}
     built = build_config(type(config.mixer), {**dataclasses.asdict(config.mixer), **mixer})
+    if "hybrid" in model:
+        model["hybrid"] = build_mixer_config(model["hybrid"], built)
     return dataclasses.replace(config, mixer=built, **model)
 
 
@@ -96,6 +106,29 @@ def shrunk(config: ModelConfig, shrink: Shrink) -> ModelConfig:
     """A configuration by the rule: widths divided, then the depth that comes nearest to the divided count."""
     if shrink.is_none:
         return config
+    parts = [_narrow(part, shrink) for part in config.parts()]
+    small = parts[0]
+    if config.hybrid is not None:
+        # The stream is as wide as the pickier of the two asks for.
+        _, pickier = sorted(parts, key=lambda part: isinstance(part.mixer, (AttentionConfig, Mamba2Config)))
+        small = dataclasses.replace(
+            small, dim=pickier.dim, depth=config.depth, hybrid=parts[1].mixer, hybrid_every=config.hybrid_every
+        )
+    # The embedding does not shrink with the square of the width: the blocks alone are held to the rule.
+    depth = max(round(_blocks(config) / shrink.params / _blocks(small) * small.depth), 1)
+    if config.hybrid is None:
+        return dataclasses.replace(small, depth=depth)
+    depth = max(depth, 2)
+    return dataclasses.replace(small, depth=depth, hybrid_every=min(config.hybrid_every, depth))
+
+
+def _blocks(config: ModelConfig) -> int:
+    """Parameters of all blocks."""
+    return sum(part.depth * block_params(part) for part in config.parts())
+
+
+def _narrow(config: ModelConfig, shrink: Shrink) -> ModelConfig:
+    """One block of a model of one mixer, widths divided by the rule."""
     mixer, dim = config.mixer, _width(config.dim / shrink.width)
     if isinstance(mixer, (E88Config, GatedDeltaNetConfig)):
         mixer = dataclasses.replace(mixer, n_heads=max(round(mixer.n_heads / shrink.width), 1))
@@ -108,10 +141,7 @@ def shrunk(config: ModelConfig, shrink: Shrink) -> ModelConfig:
         dim = max(round(config.dim / shrink.width / heads / 2), 1) * heads * 2
         mixer = dataclasses.replace(mixer, n_heads=heads)
     hidden = round(config.mlp_hidden / shrink.width)
-    small = dataclasses.replace(config, dim=dim, depth=1, mixer=mixer, mlp_hidden=hidden)
-    # The embedding does not shrink with the square of the width: the blocks alone are held to the rule.
-    depth = max(round(config.depth * block_params(config) / shrink.params / block_params(small)), 1)
-    return dataclasses.replace(small, depth=depth)
+    return dataclasses.replace(config, dim=dim, depth=1, mixer=mixer, mlp_hidden=hidden)
 
 
 def _width(dim: float) -> int:
