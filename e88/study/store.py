@@ -21,6 +21,8 @@ from e88.errors import UserError
 
 SCHEMA = 1
 FILE_NAME = "records.jsonl"
+# What `e88 train` leaves in the folder of its run.
+RUN_RECORD = "record.json"
 CURVES = ("curve", "heldout_curve")
 
 Record = dict[str, Any]
@@ -74,7 +76,8 @@ class Store:
 def load_records(
     paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], curves: bool | Collection[str] = True
 ) -> list[Record]:
-    """The records of one or several stores, each given as its folder or as its JSON-lines file.
+    """The records of one or several stores, each given as its folder or as its JSON-lines file, or of the folder of one
+    run.
 
     curves: whether with their curves, or the ids of the only records to read, with theirs.
 
@@ -86,10 +89,12 @@ def load_records(
     found: dict[tuple[str, str], Record] = {}
     for given in map(Path, paths):
         path = given / FILE_NAME if given.is_dir() else given
+        if not path.exists() and (given / RUN_RECORD).exists():
+            path = given / RUN_RECORD
         if not path.exists():
             what = f"{given} holds no {FILE_NAME}" if given.is_dir() else f"{given} does not exist"
             raise UserError(f"{what}; give the output folder of a run or a study")
-        records = _latest(_read(path, curves))
+        records = _latest(_read(path, curves) if path.name != RUN_RECORD else _read_one(path, curves))
         if not records and isinstance(curves, bool):
             raise UserError(f"{path} holds no readable record; give the output folder of a run or a study")
         for record in records.values():
@@ -126,6 +131,18 @@ def _read(path: Path, curves: bool | Collection[str] = True) -> list[Record]:
     if torn:
         _log.warning("%s: skipped %d torn line%s", path, torn, "" if torn == 1 else "s")
     return records
+
+
+def _read_one(path: Path, curves: bool | Collection[str]) -> list[Record]:
+    """The record of a run's folder, as `_read` gives it."""
+    try:
+        record = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror})") from error
+    except ValueError:
+        return []
+    _check(record, path, 1)
+    return [record] if isinstance(curves, bool) or record["id"] in curves else []
 
 
 def _check(record: Any, path: Path, number: int) -> None:

@@ -33,7 +33,8 @@ class LayerStats:
 
     For each block: grad_norm (of its parameters, before clipping). For each E88 layer: state_max (the largest |S|
     after a window), saturated (share of |S| above SATURATED; none for a linear state), decay (shares of d_t between
-    0, DECAY_EDGES and 1). And embedding_grad_norm. All processes of a group take part, each with its windows.
+    0, DECAY_EDGES and 1); None for the other blocks of a hybrid. And embedding_grad_norm. All processes of a group take
+    part, each with its windows.
     """
 
     def __init__(self, model: LanguageModel, group: Group) -> None:
@@ -61,10 +62,10 @@ class LayerStats:
             "grad_norm": torch.stack([self._grad_norm(block) for block in self.model.blocks]),
             "embedding_grad_norm": self._grad_norm(self.model.embedding),
         }
-        for name, layers in self._noted.items():
-            parts = torch.stack([torch.stack(layer) for layer in layers])
+        noted, self._noted = self._noted, {}
+        for name, layers in noted.items():
+            parts = torch.stack([torch.stack(layer) for layer in layers if layer])
             columns[name] = parts.amax(1) if name == "state_max" else parts.mean(1)
-        self._noted = {}
         # One copy from the device for all.
         own = torch.cat([column.flatten().float() for column in columns.values()]).tolist()
         processes = self.group.gather(own)
@@ -76,6 +77,9 @@ class LayerStats:
             values = [together(of) for of in zip(*(values[at:end] for values in processes), strict=True)]
             result[name] = _shaped([float(f"{value:.{DIGITS}g}") for value in values], column.shape)
             at = end
+        for name, layers in noted.items():
+            found = iter(result[name])
+            result[name] = [next(found) if layer else None for layer in layers]
         return result
 
     def _grad_norm(self, module: nn.Module) -> Tensor:
@@ -124,5 +128,6 @@ def summarise(entries: list[dict[str, Any]]) -> dict[str, Any] | None:
     summary = {"samples": len(sampled), "last_step": sampled[-1]["step"], **series[-1]}
     for name in ("grad_norm", "state_max", "saturated"):
         if name in series[-1]:
-            summary[f"largest_{name}"] = [max(values) for values in zip(*(s[name] for s in series), strict=True)]
+            blocks = zip(*(s[name] for s in series), strict=True)
+            summary[f"largest_{name}"] = [None if None in values else max(values) for values in blocks]
     return summary

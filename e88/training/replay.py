@@ -44,7 +44,7 @@ class Replay:
         rows = [self._row("embedding", grad_norm=layers["embedding_grad_norm"])]
         for index in range(depth):
             own = {key: layers[key][index] for key in ("grad_norm", *OF_E88) if key in layers}
-            rows.append(self._row(f"blocks.{index}", **own))
+            rows.append(self._row(f"blocks.{index}", **{key: value for key, value in own.items() if value is not None}))
         return [*rows, self._row("norm")]
 
     def to_dict(self) -> dict[str, Any]:

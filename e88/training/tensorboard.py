@@ -25,6 +25,8 @@ class Scalars:
         self.writer.add_scalar("train/tokens_per_second", entry["step_tokens"] / entry["step_seconds"], entry["step"])
         for key, values in entry.get("layers", {}).items():
             for index, value in enumerate(values if isinstance(values, list) else [values]):
+                if value is None:
+                    continue
                 if key == "decay":
                     self._histogram(f"decay/{index:02d}", value, entry["step"])
                 else:

@@ -106,6 +106,15 @@ def test_load_records_joins_stores(tmp_path: Path) -> None:
     assert load_records(first.folder) == load_records([str(first.path)])
 
 
+def test_the_folder_of_one_run_is_read_too(tmp_path: Path) -> None:
+    (tmp_path / "record.json").write_text(json.dumps(record("a"), indent=1))
+    assert load_records(tmp_path) == load_records(tmp_path, curves=["a"]) == [record("a")]
+    assert load_records(tmp_path, curves=["b"]) == []
+    (tmp_path / "record.json").write_text("{")
+    with pytest.raises(UserError, match="no readable record"):
+        load_records(tmp_path)
+
+
 def test_wrong_paths_are_user_errors(tmp_path: Path) -> None:
     for path, message in ((tmp_path / "none", "does not exist"), (tmp_path, f"holds no {FILE_NAME}")):
         with pytest.raises(UserError, match=message):

@@ -110,6 +110,18 @@ def test_a_rival_has_gradient_norms_alone(corpus, tmp_path):
     assert not {"state_max", "saturated", "decay"} & set(record["layers"])
 
 
+def test_a_hybrid_has_the_states_of_its_e88_blocks(corpus, tmp_path):
+    pytest.importorskip("tensorboard")
+    e88 = E88Config(n_heads=2, n_state=8)
+    model = ModelConfig(dim=16, depth=4, mixer=GDN, hybrid=e88, hybrid_every=2)
+    layers = train(model, config(3, layers_every=1), corpus, tmp_path / "run", tensorboard=True)["layers"]
+    assert len(layers["grad_norm"]) == 4 and all(norm > 0 for norm in layers["grad_norm"])
+    for name in ("state_max", "largest_state_max", "saturated", "decay"):
+        assert [value is None for value in layers[name]] == [True, False, True, False]
+    last = entries(tmp_path / "run")[-1]["layers"]
+    assert layers["state_max"] == last["state_max"] and layers["largest_state_max"][1] >= last["state_max"][1] > 0
+
+
 @pytest.mark.parametrize("every", [-1, 0.5, True])
 def test_an_interval_is_a_number_of_steps(every):
     with pytest.raises(UserError, match="layers_every"):
