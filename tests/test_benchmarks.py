@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import lzma
+import random
 import re
 import sys
 from pathlib import Path
@@ -170,3 +172,11 @@ def test_every_figure_of_the_findings_is_that_of_the_record_it_leads_to():
     for figure, folder, line in led:
         records = (module.ROOT / "results" / folder / "records.jsonl").read_text().splitlines()
         assert figure == f"{json.loads(records[int(line) - 1])['results']['heldout_bpb']:.4f}"
+
+
+def test_the_text_to_copy_from_is_the_same_each_time_and_mostly_copies():
+    module = load("copying")
+    first, again = (module.text(100_000, random.Random(7)) for _ in range(2))
+    assert first == again and set(first) == set(module.LETTERS) and 100_000 <= len(first) < 100_012
+    # Sixteen letters alone are 4 bits each.
+    assert 8 * len(lzma.compress(first)) / len(first) < 2.2
