@@ -161,7 +161,7 @@ def _recurrence_ns(config: ModelConfig, on: Hardware) -> float | None:
     from e88.models.config import E88Config
 
     mixer = config.mixer
-    if not isinstance(mixer, E88Config) or mixer.expand_v != 1 or mixer.linear_state or config.hybrid is not None:
+    if not isinstance(mixer, E88Config) or mixer.expand_v != 1 or mixer.linear_state:
         return None
     time = on.nanoseconds(mixer.n_heads, mixer.n_state)
     return None if time is None else time * config.depth

@@ -46,27 +46,23 @@ def _table(title: str, *columns: str) -> Table:
 
 def shape(config: Row) -> str:
     """One line about a configuration's shape."""
-    parts = [f"dim {config['dim']}", f"depth {config['depth']}", _heads(config, config["mixer"])]
+    mixer = config["mixer"]
+    kind = mixer["kind"]
+    parts = [f"dim {config['dim']}", f"depth {config['depth']}"]
+    if kind == "e88":
+        parts.append(f"{mixer['n_heads']} heads of {mixer['n_state']}")
+        if mixer["expand_v"] != 1:
+            parts.append(f"expand_v {mixer['expand_v']:g}")
+    elif kind == "gated_deltanet":
+        parts.append(f"{mixer['n_heads']} heads of {mixer['head_dim']}, expand_v {mixer['expand_v']:g}")
+    elif kind == "mamba2":
+        heads = mixer["expand"] * config["dim"] // mixer["head_dim"]
+        parts.append(f"{heads} heads of {mixer['head_dim']}, d_state {mixer['d_state']}")
+    else:
+        parts.append(f"{mixer['n_heads']} heads of {config['dim'] // mixer['n_heads']}")
     if config["mlp_hidden"]:
         parts.append(f"MLP {config['mlp_hidden']}")
-    if "hybrid" in config:
-        other = config["hybrid"]
-        parts.append(f"every {config['hybrid_every']}th layer {other['kind']}, {_heads(config, other)}")
     return ", ".join(parts)
-
-
-def _heads(config: Row, mixer: Row) -> str:
-    """A mixer's heads."""
-    kind = mixer["kind"]
-    if kind == "e88":
-        expanded = f", expand_v {mixer['expand_v']:g}" if mixer["expand_v"] != 1 else ""
-        return f"{mixer['n_heads']} heads of {mixer['n_state']}{expanded}"
-    if kind == "gated_deltanet":
-        return f"{mixer['n_heads']} heads of {mixer['head_dim']}, expand_v {mixer['expand_v']:g}"
-    if kind == "mamba2":
-        heads = mixer["expand"] * config["dim"] // mixer["head_dim"]
-        return f"{heads} heads of {mixer['head_dim']}, d_state {mixer['d_state']}"
-    return f"{mixer['n_heads']} heads of {config['dim'] // mixer['n_heads']}"
 
 
 def form(config: Row) -> str:

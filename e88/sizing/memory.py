@@ -31,7 +31,8 @@ def token_values(config: ModelConfig) -> int:
     """Values of 16 bits that a model keeps for each token, E88's states apart. Of an MLP: the norm's output, both
     projections and their product."""
     mlp = config.dim + 3 * config.mlp_hidden if config.mlp_hidden else 0
-    return sum(mixer_values(config.dim, mixer) + mlp for mixer in config.mixers) + 4 * config.vocab_size
+    blocks = sum(part.depth * (mixer_values(part.dim, part.mixer) + mlp) for part in config.parts())
+    return blocks + 4 * config.vocab_size
 
 
 def mixer_values(dim: int, mixer: MixerConfig) -> int:

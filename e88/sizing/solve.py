@@ -276,7 +276,7 @@ def _rival_mixers(kind: str, dim: int, heads_off: int) -> Iterator[tuple[MixerCo
             if dim < 512:
                 yield Mamba2Config(head_dim=head_dim, d_state=64), 0, 0.5
     elif kind == "gated_deltanet" and dim % (width // 2) == 0:
-        for heads in sorted(set(range(dim // width - heads_off, -(-dim // width) + heads_off + 1)) - {-1, 0}):
+        for heads in range(max(dim // width - heads_off, 1), -(-dim // width) + heads_off + 1):
             mixer = GatedDeltaNetConfig(n_heads=heads, head_dim=width, expand_v=2.0)
             yield mixer, 0, abs(math.log2(heads * width / dim))
     elif kind == "attention" and dim % (width // 2) == 0:

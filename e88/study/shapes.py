@@ -115,10 +115,8 @@ def shrunk(config: ModelConfig, shrink: Shrink) -> ModelConfig:
             small, dim=pickier.dim, depth=config.depth, hybrid=parts[1].mixer, hybrid_every=config.hybrid_every
         )
     # The embedding does not shrink with the square of the width: the blocks alone are held to the rule.
-    depth = max(round(_blocks(config) / shrink.params / _blocks(small) * small.depth), 1)
-    if config.hybrid is None:
-        return dataclasses.replace(small, depth=depth)
-    depth = max(depth, 2)
+    depth = round(_blocks(config) / shrink.params / _blocks(small) * small.depth)
+    depth = max(depth, 1 if config.hybrid is None else 2)
     return dataclasses.replace(small, depth=depth, hybrid_every=min(config.hybrid_every, depth))
 
 

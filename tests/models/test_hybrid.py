@@ -85,7 +85,7 @@ def test_the_saved_form_has_it_only_where_there_is_one():
 )
 def test_what_cannot_be_is_refused(options, message):
     with pytest.raises(UserError, match=message):
-        hybrid(**{"other": OTHERS[0], **({"other": options.pop("hybrid")} if "hybrid" in options else {}), **options})
+        hybrid(OTHERS[0], **options)
 
 
 def test_shapes_are_searched_for_one_mixer():

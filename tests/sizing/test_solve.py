@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from e88.errors import UserError
@@ -88,6 +88,7 @@ def test_impossible_wishes_are_one_line_and_name_the_nearest_shape() -> None:
     target=st.floats(7, 10.3).map(lambda exponent: round(10**exponent)),
     kind=st.sampled_from(("mamba2", "gdn", "transformer", "e88")),
 )
+@example(target=11_139_739, kind="gdn")
 def test_rivals_match(target: int, kind: str) -> None:
     config = matched(kind, target)
     assert config.mixer.kind == mixer_kind(kind)
