@@ -28,6 +28,8 @@ KERNELS = {
 class Attention(Mixer):
     """out = W_o softmax(q k^T / sqrt(K)) v over the tokens so far, q and k rotated by their positions; no biases.
 
+    With `qk_norm` each q and k is divided by its root mean square (after Henry et al., 2020; without weights).
+
     The state is the cache of rotated keys and values, k and v [B, H, P, K]: it grows by T, and its length is the
     position of the next token.
 
@@ -58,6 +60,8 @@ class Attention(Mixer):
         runs = choose(self.backend, x, cudnn=none or self._misfit(128, length), flash=none or self._misfit(256))
         qkv = self.qkv_proj(x).unflatten(-1, (3, self.config.n_heads, self.head_dim))
         q, k, v = split(qkv, past, self.config.rope_theta)
+        if self.config.qk_norm:
+            q, k = _norm(q), _norm(k)
         if state is not None:
             k, v = torch.cat([state["k"].to(k.dtype), k], dim=2), torch.cat([state["v"].to(v.dtype), v], dim=2)
         if masked:
@@ -84,6 +88,12 @@ class Attention(Mixer):
         device = weight.device if device is None else device
         empty = torch.zeros(batch, self.config.n_heads, 0, self.head_dim, device=device, dtype=weight.dtype)
         return {"k": empty, "v": empty.clone()}
+
+
+def _norm(x: Tensor) -> Tensor:
+    """x [B, H, T, K] over its root mean square; keeps the dtype, and the order that the heads have in memory."""
+    rows = x.transpose(1, 2)
+    return F.rms_norm(rows, (x.shape[-1],), eps=1e-6).to(x.dtype).transpose(1, 2)
 
 
 def split(qkv: Tensor, start: int, theta: float) -> tuple[Tensor, Tensor, Tensor]:

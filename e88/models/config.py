@@ -109,11 +109,15 @@ class Mamba2Config:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """Causal multi-head attention with rotary positions: the Transformer's mixer."""
+    """Causal multi-head attention with rotary positions: the Transformer's mixer.
+
+    qk_norm: queries and keys at a root mean square of one, so that no rate makes their products large.
+    """
 
     kind: ClassVar[str] = "attention"
     n_heads: int
     rope_theta: float = 10_000.0
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
         _positive(self, "n_heads")
@@ -180,14 +184,14 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able form; `from_dict` gives back an equal config."""
         data = dataclasses.asdict(self)
-        data["mixer"] = {"kind": self.mixer.kind, **data["mixer"]}
+        data["mixer"] = _mixer_dict(self.mixer)
         # Runs of the time before these options keep their ids.
         if self.branch_gain == 1:
             del data["branch_gain"]
         if self.hybrid is None:
             del data["hybrid"], data["hybrid_every"]
         else:
-            data["hybrid"] = {"kind": self.hybrid.kind, **data["hybrid"]}
+            data["hybrid"] = _mixer_dict(self.hybrid)
         return data
 
     @classmethod
@@ -201,6 +205,14 @@ class ModelConfig:
         if "hybrid" in data:
             data["hybrid"] = build_mixer_config(data["hybrid"], data["mixer"])
         return build_config(cls, data)
+
+
+def _mixer_dict(mixer: MixerConfig) -> dict[str, Any]:
+    data = {"kind": mixer.kind, **dataclasses.asdict(mixer)}
+    # As above.
+    if not data.get("qk_norm", True):
+        del data["qk_norm"]
+    return data
 
 
 def _check_width(dim: int, mixer: MixerConfig) -> None:

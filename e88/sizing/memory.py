@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from e88.models.config import E88Config, GatedDeltaNetConfig, MixerConfig, ModelConfig
+from e88.models.config import AttentionConfig, E88Config, GatedDeltaNetConfig, MixerConfig, ModelConfig
 from e88.sizing.closed_form import count_params, mixer_shapes, state_per_layer
 
 # Of a Gated DeltaNet layer's chunks: each token keeps one row of the chunk's matrix for every head.
@@ -47,6 +47,8 @@ def mixer_values(dim: int, mixer: MixerConfig) -> int:
     if isinstance(mixer, GatedDeltaNetConfig):
         # The norm of what is read, and a row of the chunk's matrix.
         values += convolved + read + mixer.n_heads * FLA_CHUNK
+    if isinstance(mixer, AttentionConfig) and mixer.qk_norm:
+        values += 2 * dim
     if isinstance(mixer, E88Config):
         # What is written; what is read once more before the gate, or before the norm.
         values += convolved + (1 + max(mixer.gate, mixer.head_norm)) * read

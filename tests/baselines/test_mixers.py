@@ -15,8 +15,9 @@ CONFIGS = {
     "mamba2": Mamba2Config(d_state=5, head_dim=4, conv=3, chunk=8),
     "mamba2-groups": Mamba2Config(d_state=4, head_dim=6, n_groups=2),
     "attention": AttentionConfig(n_heads=3),
+    "attention-norm": AttentionConfig(n_heads=2, qk_norm=True),
 }
-RECURRENT = [name for name in CONFIGS if name != "attention"]
+RECURRENT = [name for name in CONFIGS if not name.startswith("attention")]
 each = pytest.mark.parametrize("name", CONFIGS)
 
 

@@ -26,6 +26,8 @@ def by_the_equations(net, x):
             out[..., 2 * i + 1] = z[..., 2 * i] * math.sin(angle) + z[..., 2 * i + 1] * math.cos(angle)
         return out
 
+    if net.config.qk_norm:
+        q, k = (z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt() for z in (q, k))
     keys, out = torch.stack([turned(k[:, t], t) for t in range(T)], 1), []
     for t in range(T):
         scores = torch.einsum("bhk,bshk->bhs", turned(q[:, t], t), keys[:, : t + 1]) / math.sqrt(K)
@@ -33,9 +35,10 @@ def by_the_equations(net, x):
     return torch.stack(out, 1) @ net.o_proj.weight.T
 
 
-def test_attention_is_the_formula_in_value_and_gradient():
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_attention_is_the_formula_in_value_and_gradient(qk_norm):
     torch.manual_seed(0)
-    net = Attention(12, AttentionConfig(n_heads=3, rope_theta=100.0)).double()
+    net = Attention(12, AttentionConfig(n_heads=3, rope_theta=100.0, qk_norm=qk_norm)).double()
     x = torch.randn(2, 7, 12, dtype=torch.float64, requires_grad=True)
     y, expected = net(x)[0], by_the_equations(net, x)
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-12)

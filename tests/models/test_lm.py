@@ -70,9 +70,13 @@ def test_a_branch_gain_scales_what_branches_add_and_nothing_else(mixer):
     assert scaled == {f"blocks.{i}.{part}.weight" for i in (0, 1) for part in (f"mixer.{last}", "mlp.down_proj")}
 
 
-def test_runs_keep_their_ids_where_branches_have_no_gain():
+def test_runs_keep_their_ids_where_an_option_is_off():
     config = ModelConfig(dim=16, depth=1, mixer=MIXERS[0])
     assert "branch_gain" not in config.to_dict()
+    plain, normed = (AttentionConfig(n_heads=2, qk_norm=on) for on in (False, True))
+    for place in ({"mixer": plain}, {"mixer": MIXERS[0], "hybrid": plain, "hybrid_every": 2}):
+        assert "qk_norm" not in str(ModelConfig(dim=16, depth=2, **place).to_dict())
+    config = ModelConfig(dim=16, depth=2, mixer=MIXERS[0], hybrid=normed, hybrid_every=2)
     other = ModelConfig(dim=16, depth=1, mixer=MIXERS[0], branch_gain=2.0)
     assert ModelConfig.from_dict(other.to_dict()) == other and ModelConfig.from_dict(config.to_dict()) == config
 
