@@ -7,7 +7,8 @@ A table stands between `<!-- models FOLDER SCALE [WORDS] -->` or `<!-- claims FO
 `<!-- end -->`. FOLDER is a store under results/ with the report of its study (`e88 study report`). WORDS: of the
 comparison's title, such as a budget; PATTERN: names of claims, with * and ?. A held-out figure leads to its record, a
 line of the store; a verdict to its place on the study's page, which lists the runs behind it. docs/minute-500m.svg,
-docs/ten-minutes-500m.svg and docs/positions-500m.svg have the models of the 500M benchmark that ran for so long.
+docs/ten-minutes-500m.svg and docs/positions-500m.svg have the models of the 500M benchmark that ran for so long, the
+documents' rows of E88 apart.
 """
 
 from __future__ import annotations
@@ -102,9 +103,10 @@ def claims(folder: str, scale: str, patterns: str) -> Iterator[str]:
 
 
 def picture(words: str, by: str, path: Path) -> Path:
-    """A comparison of the 500M benchmark, each run under its model's name in the study."""
+    """A comparison of the 500M benchmark without the documents' rows of E88, each run under its model's name in the
+    study."""
     known = records("benchmark_500m")
-    rows = comparison("benchmark_500m", "full", words)
+    rows = [row for row in comparison("benchmark_500m", "full", words) if not row["model"].startswith("e88-b")]
     runs = [{**known[run][1], "name": row["model"]} for row in rows for run in row["ids"].split()]
     return write_figure(runs, path, by)
 

@@ -46,23 +46,24 @@ def _table(title: str, *columns: str) -> Table:
 
 def shape(config: Row) -> str:
     """One line about a configuration's shape."""
-    mixer = config["mixer"]
-    kind = mixer["kind"]
-    parts = [f"dim {config['dim']}", f"depth {config['depth']}"]
-    if kind == "e88":
-        parts.append(f"{mixer['n_heads']} heads of {mixer['n_state']}")
-        if mixer["expand_v"] != 1:
-            parts.append(f"expand_v {mixer['expand_v']:g}")
-    elif kind == "gated_deltanet":
-        parts.append(f"{mixer['n_heads']} heads of {mixer['head_dim']}, expand_v {mixer['expand_v']:g}")
-    elif kind == "mamba2":
-        heads = mixer["expand"] * config["dim"] // mixer["head_dim"]
-        parts.append(f"{heads} heads of {mixer['head_dim']}, d_state {mixer['d_state']}")
-    else:
-        parts.append(f"{mixer['n_heads']} heads of {config['dim'] // mixer['n_heads']}")
+    parts = [f"dim {config['dim']}", f"depth {config['depth']}", _heads(config["mixer"], config["dim"])]
+    if "hybrid" in config:
+        parts.append(f"one block in {config['hybrid_every']} with {_heads(config['hybrid'], config['dim'])}")
     if config["mlp_hidden"]:
         parts.append(f"MLP {config['mlp_hidden']}")
     return ", ".join(parts)
+
+
+def _heads(mixer: Row, dim: int) -> str:
+    kind = mixer["kind"]
+    if kind == "e88":
+        wide = f", expand_v {mixer['expand_v']:g}" if mixer["expand_v"] != 1 else ""
+        return f"{mixer['n_heads']} heads of {mixer['n_state']}{wide}"
+    if kind == "gated_deltanet":
+        return f"{mixer['n_heads']} heads of {mixer['head_dim']}, expand_v {mixer['expand_v']:g}"
+    if kind == "mamba2":
+        return f"{mixer['expand'] * dim // mixer['head_dim']} heads of {mixer['head_dim']}, d_state {mixer['d_state']}"
+    return f"{mixer['n_heads']} heads of {dim // mixer['n_heads']}"
 
 
 def form(config: Row) -> str:

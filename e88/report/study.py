@@ -73,7 +73,8 @@ def write_report(report: StudyReport, store: Path, rows: Sequence[Row] = ()) -> 
 
 def headline(report: StudyReport) -> str:
     """One line: the study, and what became of its runs and claims."""
-    return f"{report.title}. {counts_text(report)}"
+    stop = "" if report.title.endswith(("?", "!", ".")) else "."
+    return f"{report.title}{stop} {counts_text(report)}"
 
 
 def counts_text(report: StudyReport) -> str:

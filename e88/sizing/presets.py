@@ -8,7 +8,7 @@ the two clash (b64n32, b32n64) the benchmark's, which ran, keeps the name and th
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from e88.errors import UserError, unknown_name
 from e88.models.config import AttentionConfig, E88Config, GatedDeltaNetConfig, Mamba2Config, ModelConfig
@@ -37,6 +37,12 @@ def _wide(dim: int, depth: int) -> ModelConfig:
     logits and updates twice as loud."""
     mixer = E88Config(n_heads=dim // 32, n_state=32, conv=4, gate=True, write_gate=True)
     return ModelConfig(dim=dim, depth=depth, mixer=mixer, output_gain=0.0, branch_gain=2.0)
+
+
+def _memory(model: ModelConfig, heads: int, n_state: int, every: int) -> ModelConfig:
+    """The model with fewer and larger states in every so many blocks: for what lies far back (docs/findings.md)."""
+    assert isinstance(model.mixer, E88Config)
+    return replace(model, hybrid=replace(model.mixer, n_heads=heads, n_state=n_state), hybrid_every=every)
 
 
 def _gdn(dim: int, depth: int, heads: int, head_dim: int = 128, expand_v: float = 2.0) -> ModelConfig:
@@ -68,6 +74,7 @@ def _ours() -> list[Preset]:
         ("mamba2-300m", _mamba2(1344, 27), "Mamba2 matched to e88-300m"),
         ("transformer-300m", _transformer(1280, 15, 10, 3584), "Transformer matched to e88-300m"),
         ("e88-500m", _wide(2304, 19), "best in a minute on an H200: convolution, gates, small logits"),
+        ("e88-500m-memory", _memory(_wide(2304, 19), 18, 128, 6), "best E88 in ten minutes: larger states in 3 blocks"),
         ("gdn-500m", _gdn(1664, 24, 13), "strong Gated DeltaNet: 13 heads of 128, expand_v 2"),
         ("mamba2-500m", _mamba2(1600, 32), "the benchmark's Mamba2"),
         ("transformer-500m", _transformer(1536, 18, 12, 4096), "Transformer near the 500M baselines"),

@@ -61,6 +61,13 @@ def test_a_preset_equals_its_shape(e88: Command) -> None:
     assert by_name == by_shape
 
 
+def test_a_hybrid_names_both_mixers(e88: Command) -> None:
+    (first, *_) = e88("size", "e88-500m-memory").stdout.splitlines()
+    assert "72 heads of 32, one block in 6 with 18 heads of 128" in first
+    size = e88.json("size", "e88-500m-memory")
+    assert size["state_total"] == 16 * 72 * 32 * 32 + 3 * 18 * 128 * 128
+
+
 def test_options_reach_the_layer(e88: Command) -> None:
     options = ("--gate", "--conv", "4", "--head-norm", "--write-gate", "--linear-state", "--decay", "sigmoid")
     options += ("--mlp-hidden", "64", "--vocab-size", "512", "--expand-v", "2")

@@ -32,8 +32,8 @@ def test_the_benchmark_is_two_tables_of_all_rows_and_one_of_the_main_ones():
     rows = {}
     for model, budget in study.arms:
         rows.setdefault(budget, []).append(model)
-    assert rows["data"] == rows["minute"] and len(rows["data"]) == 14
-    main = {"e88-wide", "e88-narrow", "e88-dim1792", "gdn-strong", "gdn-doc", "mamba2", "transformer"}
+    assert rows["data"] == rows["minute"] and len(rows["data"]) == 15
+    main = {"e88-wide", "e88-narrow", "e88-memory", "e88-dim1792", "gdn-strong", "gdn-doc", "mamba2", "transformer"}
     assert set(rows["headline"]) == main < set(rows["data"])
     assert {run.spec.training.budget.seconds for run in study.runs} == {None, 60, 600}
     # What E88_b56n32 had read when the documents stopped it: 421 steps of 32 windows of 512.
