@@ -62,7 +62,7 @@ def test_a_preset_equals_its_shape(e88: Command) -> None:
 
 
 def test_a_hybrid_names_both_mixers(e88: Command) -> None:
-    (first, *_) = e88("size", "e88-500m-memory").stdout.splitlines()
+    first = e88("size", "e88-500m-memory")[1].splitlines()[0]
     assert "72 heads of 32, one block in 6 with 18 heads of 128" in first
     size = e88.json("size", "e88-500m-memory")
     assert size["state_total"] == 16 * 72 * 32 * 32 + 3 * 18 * 128 * 128
