@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from e88.report.compare import Comparison, Group, count, pair
+from e88.report.compare import Comparison, Group, count, dig, pair
 from e88.report.style import Style, draw_marker
 from e88.report.svg import HEIGHT, LABEL_WIDTH, LINE, WIDTH, Box, Canvas, Figure, Scale, shorten, text_width
 from e88.report.tables import SPEED
@@ -164,7 +164,7 @@ def scatter_figure(comparison: Comparison, look: dict[str, Style], against: str)
         notes.append("Hollow: off it for certain (paired 95 % interval over seeds).")
     elif any(not place.on_frontier for place in places):
         notes.append("No model is off it for certain (paired 95 % interval over seeds).")
-    if against == "state" and any(group.kind == "attention" for group, _, _ in points):
+    if against == "state" and any(_has_attention(group) for group, _, _ in points):
         notes.append("The state of attention is its cache of one window; the others' does not grow.")
     if absent:
         what = "a known state" if against == "state" else "a measured speed"
@@ -172,6 +172,11 @@ def scatter_figure(comparison: Comparison, look: dict[str, Style], against: str)
     if unnamed:
         notes.append("Where labels would overlap, some points go without; point at one for its name.")
     return Figure(title, canvas.markup(), " ".join(notes + _left_out(comparison, _MOST_POINTS)))
+
+
+def _has_attention(group: Group) -> bool:
+    """In all of its blocks, or in some."""
+    return "attention" in (dig(group.runs[0], "config", "model", mixer, "kind") for mixer in ("mixer", "hybrid"))
 
 
 def _frontier(points: Sequence[tuple[Group, float, Estimate]], against: str) -> list[Place]:

@@ -107,6 +107,15 @@ def test_e88_keeps_its_colour_whatever_else_ran(make_record: Any, study: list[di
     assert among.count("--l:#0067a5") and "--l:#0067a5" not in alone
 
 
+def test_the_state_of_attention_is_explained_where_there_is_any(make_record: Any, tmp_path: Path) -> None:
+    remark = "The state of attention is its cache of one window"
+    pair = [make_record("tiny-e88"), make_record("tiny-gdn")]
+    path = tmp_path / "x.html"
+    assert remark not in write_page(pair, path).read_text(encoding="utf-8")
+    pair[0]["config"]["model"].update(hybrid={"kind": "attention", "n_heads": 2}, hybrid_every=2)
+    assert remark in write_page(pair, path).read_text(encoding="utf-8")
+
+
 def test_figure_stands_alone_and_follows_the_theme(study: list[dict[str, Any]], tmp_path: Path) -> None:
     path = write_figure(study, tmp_path / "figure.svg")
     text = path.read_text(encoding="utf-8")
