@@ -226,20 +226,26 @@ class _Court:
         raise _Missing(told)
 
     def _outcome_of_training(self, claim: Claim) -> Verdict:
-        """One run to the contrary refutes; two seeds of each model confirm."""
+        """One run to the contrary refutes, whatever has not run; two seeds of each model confirm."""
         wanted = claim.form == "trains"
-        contrary, counts = [], []
+        contrary, counts, missing = [], [], None
         for name in claim.models:
-            runs = self._runs(name, claim)
+            try:
+                runs = self._runs(name, claim)
+            except _Missing as reason:
+                missing = missing or reason
+                continue
             counts.append(len(runs))
             trained = [_trained(record) for record in runs.values()]
             against = sum(outcome != wanted for outcome in trained)
             if against:
                 did = "did not train" if wanted else "trained"
                 contrary.append(f"{name} {did} in {against} of {len(trained)} seeds")
-        seeds = min(counts)
         if contrary:
-            return Verdict(claim, self.scale, REFUTED, "; ".join(contrary), seeds=seeds)
+            return Verdict(claim, self.scale, REFUTED, "; ".join(contrary), seeds=min(counts))
+        if missing is not None:
+            raise missing
+        seeds = min(counts)
         if seeds < 2:
             return Verdict(claim, self.scale, UNDECIDED, "one seed of each says little", seeds=seeds, more_seeds=1)
         return Verdict(claim, self.scale, CONFIRMED, f"in all of {seeds} seeds", seeds=seeds)

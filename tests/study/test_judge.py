@@ -119,6 +119,10 @@ def test_runs_that_diverged_failed_or_are_missing(text: Path) -> None:
     one = verdict(text, {"trains": ["a"]}, {"a": [2.0], "b": [], "c": []})
     assert one.outcome == UNDECIDED and one.more_seeds == 1
     assert verdict(text, {"trains": ["a", "b"]}, {"a": LOW, "b": [2.0, 8.5], "c": []}).outcome == REFUTED
+    # What has run to the contrary decides, whatever has not run.
+    assert verdict(text, {"diverges": ["a", "b"]}, {"a": [2.0], "b": [], "c": []}).outcome == REFUTED
+    waits = verdict(text, {"trains": ["a", "b"]}, {"a": LOW, "b": [], "c": []})
+    assert waits.outcome == UNDECIDED and "b has not run" in waits.reason
     # One seed that both have gives no interval.
     assert verdict(text, claim, {"a": LOW, "b": [3.0]}).more_seeds is None
 
