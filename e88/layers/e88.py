@@ -34,7 +34,7 @@ class E88Layer(Mixer):
         self.qkv_proj = nn.Linear(dim, width, bias=False)
         self.qkv_conv = ShortConv(width, config.conv) if config.conv else None
         self.a_proj = nn.Linear(dim, heads, bias=False) if config.decay in ("mamba", "sigmoid") else None
-        A_log, dt_bias = decay_parameters(heads)
+        A_log, dt_bias = decay_parameters(heads, config.a_low, config.a_high)
         if config.decay == "mamba":
             self.A_log, self.dt_bias = A_log, dt_bias
         elif config.decay != "none":

@@ -29,7 +29,11 @@ def _positive(config: Any, *names: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class E88Config:
-    """Options of the E88 layer. Defaults are the plain January form: no gate, convolution, norm or write gate."""
+    """Options of the E88 layer. Defaults are the plain January form: no gate, convolution, norm or write gate.
+
+    a_low, a_high: of the decay exp(-A softplus(a)) of `mamba`, between which A begins, uniformly; the lower, the longer
+    the states remember.
+    """
 
     kind: ClassVar[str] = "e88"
     n_heads: int
@@ -42,6 +46,8 @@ class E88Config:
     write_gate: bool = False
     tie_kv: bool = False
     linear_state: bool = False
+    a_low: float = 1.0
+    a_high: float = 16.0
 
     def __post_init__(self) -> None:
         _positive(self, "n_heads", "n_state")
@@ -51,6 +57,10 @@ class E88Config:
         _require(width >= 1 and width == int(width), f"n_state * expand_v = {width} must be a whole number >= 1")
         _require(width <= 256, f"n_state * expand_v = {width:g} is above 256; lower expand_v")
         _require(self.conv == 0 or 2 <= self.conv <= 8, f"conv must be 0 (off) or a width of 2 to 8, got {self.conv}")
+        low, high = self.a_low, self.a_high
+        _require(0 < low <= high <= 1000, f"a_low and a_high must be 0 < low <= high <= 1000, got {low} and {high}")
+        plain = (low, high) == (1, 16)
+        _require(self.decay == "mamba" or plain, f"decay '{self.decay}' has no A; leave out a_low and a_high")
         _require(not self.tie_kv or self.expand_v == 1, "tie_kv needs expand_v = 1, since k and v are one vector")
 
     @property
@@ -210,9 +220,8 @@ class ModelConfig:
 def _mixer_dict(mixer: MixerConfig) -> dict[str, Any]:
     data = {"kind": mixer.kind, **dataclasses.asdict(mixer)}
     # As above.
-    if not data.get("qk_norm", True):
-        del data["qk_norm"]
-    return data
+    later = {"qk_norm": False, "a_low": 1, "a_high": 16}
+    return {key: value for key, value in data.items() if key not in later or value != later[key]}
 
 
 def _check_width(dim: int, mixer: MixerConfig) -> None:

@@ -117,12 +117,14 @@ def test_the_decay_is_never_above_one_and_the_output_is_causal(heads, n_state, d
     assert torch.equal(m(x)[0][:, :cut], m(changed)[0][:, :cut])
 
 
-def test_initial_decays_span_the_documented_range():
-    m = layer(n_heads=4096, n_state=1)
+@pytest.mark.parametrize(("low", "high"), [(1, 16), (0.1, 1.6)])
+def test_initial_decays_span_the_documented_range(low, high):
+    m = layer(n_heads=4096, n_state=1, a_low=low, a_high=high)
     x = torch.zeros(1, 1, 12, dtype=torch.float64)
     dt = -log_decay(*m.decay(x, m.a_proj and m.a_proj(x))).flatten() / m.A_log.exp()
     assert 1e-3 * 0.999 <= dt.min() < 1.1e-3 and 0.09 < dt.max() <= 0.1 * 1.001
-    assert 1 <= m.A_log.exp().min() and m.A_log.exp().max() <= 16
+    a = m.A_log.exp() / low
+    assert 0.999 <= a.min() < 1.1 and 15.9 < a.max() <= 16.001
 
 
 def test_parameters_that_must_not_decay_are_marked():

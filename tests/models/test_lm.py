@@ -1,4 +1,6 @@
 import math
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -75,9 +77,9 @@ def test_runs_keep_their_ids_where_an_option_is_off():
     assert "branch_gain" not in config.to_dict()
     plain, normed = (AttentionConfig(n_heads=2, qk_norm=on) for on in (False, True))
     for place in ({"mixer": plain}, {"mixer": MIXERS[0], "hybrid": plain, "hybrid_every": 2}):
-        assert "qk_norm" not in str(ModelConfig(dim=16, depth=2, **place).to_dict())
+        assert not re.search("qk_norm|a_low|a_high", str(ModelConfig(dim=16, depth=2, **place).to_dict()))
     config = ModelConfig(dim=16, depth=2, mixer=MIXERS[0], hybrid=normed, hybrid_every=2)
-    other = ModelConfig(dim=16, depth=1, mixer=MIXERS[0], branch_gain=2.0)
+    other = ModelConfig(dim=16, depth=1, mixer=replace(MIXERS[0], a_low=0.5), branch_gain=2.0)
     assert ModelConfig.from_dict(other.to_dict()) == other and ModelConfig.from_dict(config.to_dict()) == config
 
 
@@ -153,6 +155,9 @@ def test_configurations_survive_a_round_trip(n_heads, n_state, gate, conv, dim, 
         ({"mixer": {"kind": "e88", "n_heads": 2, "decay": "slow"}}, "is not one of mamba"),
         ({"mixer": {"kind": "e88", "n_heads": 2, "n_state": 3, "expand_v": 1.5}}, "whole number"),
         ({"mixer": {"kind": "e88", "n_heads": 2, "tie_kv": True, "expand_v": 2.0}}, "tie_kv"),
+        ({"mixer": {"kind": "e88", "n_heads": 2, "a_low": 2, "a_high": 1.5}}, "0 < low <= high"),
+        ({"mixer": {"kind": "e88", "n_heads": 2, "a_low": 0}}, "0 < low <= high"),
+        ({"mixer": {"kind": "e88", "n_heads": 2, "a_high": 4, "decay": "none"}}, "has no A"),
         ({"mixer": {"kind": "attention", "n_heads": 3}}, "change n_heads"),
         ({"mixer": {"kind": "mamba2", "head_dim": 24}}, "not a multiple of head_dim"),
     ],
