@@ -160,11 +160,16 @@ def _recurrence_ns(config: ModelConfig, on: Hardware) -> float | None:
     """Measured time of all layers' recurrence per token in nanoseconds; None where it was not measured."""
     from e88.models.config import E88Config
 
-    mixer = config.mixer
-    if not isinstance(mixer, E88Config) or mixer.expand_v != 1 or mixer.linear_state:
-        return None
-    time = on.nanoseconds(mixer.n_heads, mixer.n_state)
-    return None if time is None else time * config.depth
+    total = 0.0
+    for part in config.parts():
+        mixer = part.mixer
+        if not isinstance(mixer, E88Config) or mixer.expand_v != 1 or mixer.linear_state:
+            return None
+        time = on.nanoseconds(mixer.n_heads, mixer.n_state)
+        if time is None:
+            return None
+        total += time * part.depth
+    return total
 
 
 def _search(params: str, given: dict[str, Any], hardware: str | None, top: int, window: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +44,16 @@ def test_measures_stores_and_sizes_by_it(e88, tmp_path):
     assert best["recurrence_ns"] == pytest.approx(row["forward_backward_ns"] * share * best["config"]["depth"])
     code, out, err = e88("size", "tiny-e88", "--n-state", "64", "--hardware", path)
     assert code == 0 and f"measured on {profile['device']}, {profile['date'][:10]}" in out and str(path) in out
+
+
+def test_a_hybrids_time_is_that_of_both_mixers(e88):
+    path = Path(__file__).resolve().parent.parent.parent / "results" / "h200" / "profile.json"
+    rows = json.loads(path.read_text())["rows"]
+    per_column = {row["n_state"]: row["forward_backward_ns"] / row["d_inner"] for row in rows}
+    ask = ("size", "e88-500m-memory", "--hardware", path, "--json")
+    expected = 2304 * (16 * per_column[32] + 3 * per_column[128])
+    assert json.loads(e88(*ask)[1])["recurrence_ns"] == pytest.approx(expected)
+    assert json.loads(e88(*ask, "--n-state", "30")[1])["recurrence_ns"] is None
 
 
 def test_json_and_output(e88, tmp_path):
