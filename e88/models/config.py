@@ -7,12 +7,14 @@ A model is `ModelConfig(dim, depth, mixer=...)`; the mixer's own config decides 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from e88.errors import UserError, unknown_name
 
+# Options of mixers that are newer than the first records; their defaults are what was done before.
+LATER = {"qk_norm", "a_low", "a_high"}
 DECAY_MODES = ("mamba", "sigmoid", "constant", "none")
 
 
@@ -59,7 +61,7 @@ class E88Config:
         _require(self.conv == 0 or 2 <= self.conv <= 8, f"conv must be 0 (off) or a width of 2 to 8, got {self.conv}")
         low, high = self.a_low, self.a_high
         _require(0 < low <= high <= 1000, f"a_low and a_high must be 0 < low <= high <= 1000, got {low} and {high}")
-        plain = (low, high) == (1, 16)
+        plain = (low, high) == (E88Config.a_low, E88Config.a_high)
         _require(self.decay == "mamba" or plain, f"decay '{self.decay}' has no A; leave out a_low and a_high")
         _require(not self.tie_kv or self.expand_v == 1, "tie_kv needs expand_v = 1, since k and v are one vector")
 
@@ -201,7 +203,8 @@ class ModelConfig:
         if self.hybrid is None:
             del data["hybrid"], data["hybrid_every"]
         else:
-            data["hybrid"] = _mixer_dict(self.hybrid)
+            # What it lacks it would have from the mixer.
+            data["hybrid"] = _mixer_dict(self.hybrid, keep=data["mixer"])
         return data
 
     @classmethod
@@ -217,11 +220,11 @@ class ModelConfig:
         return build_config(cls, data)
 
 
-def _mixer_dict(mixer: MixerConfig) -> dict[str, Any]:
+def _mixer_dict(mixer: MixerConfig, keep: Collection[str] = ()) -> dict[str, Any]:
+    """The saved form of a mixer: options of `LATER` only where they are not the default, or are to be kept."""
     data = {"kind": mixer.kind, **dataclasses.asdict(mixer)}
-    # As above.
-    later = {"qk_norm": False, "a_low": 1, "a_high": 16}
-    return {key: value for key, value in data.items() if key not in later or value != later[key]}
+    dropped = {key for key in data.keys() & LATER if key not in keep and data[key] == getattr(type(mixer), key)}
+    return {key: value for key, value in data.items() if key not in dropped}
 
 
 def _check_width(dim: int, mixer: MixerConfig) -> None:

@@ -74,6 +74,13 @@ def test_the_saved_form_has_it_only_where_there_is_one():
     assert ModelConfig.from_dict(larger) == hybrid(OTHERS[1])
 
 
+@pytest.mark.parametrize("options", [{"a_low": 1.0}, {"a_low": 1.0, "a_high": 4.0}, {"a_low": 0.5}])
+def test_a_hybrid_at_the_default_is_saved_beside_a_mixer_that_is_not(options):
+    mixer = dataclasses.replace(E88, a_low=0.5)
+    config = ModelConfig(dim=16, depth=5, mixer=mixer, hybrid=dataclasses.replace(mixer, **options), hybrid_every=2)
+    assert ModelConfig.from_dict(config.to_dict()) == config
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
