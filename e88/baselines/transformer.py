@@ -16,7 +16,7 @@ from e88.baselines.libraries import PLAIN, choose
 from e88.layers.mixer import Mixer, State
 from e88.models.config import AttentionConfig
 from e88.ops.backends import triton_serves
-from e88.ops.norms import wide, wide_dtype
+from e88.ops.norms import rms_norm, wide, wide_dtype
 
 # cuDNN may refuse an unusual length, such as the rest of an evaluation: flash attention takes that one.
 KERNELS = {
@@ -92,8 +92,7 @@ class Attention(Mixer):
 
 def _norm(x: Tensor) -> Tensor:
     """x [B, H, T, K] over its root mean square; keeps the dtype, and the order that the heads have in memory."""
-    rows = x.transpose(1, 2)
-    return F.rms_norm(rows, (x.shape[-1],), eps=1e-6).to(x.dtype).transpose(1, 2)
+    return rms_norm(x.transpose(1, 2), eps=1e-6).transpose(1, 2)
 
 
 def split(qkv: Tensor, start: int, theta: float) -> tuple[Tensor, Tensor, Tensor]:

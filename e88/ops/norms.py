@@ -63,14 +63,17 @@ def _fast_rows(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis; reduced in float32 or wider, keeps x's dtype.
 
-    weight is [d], or [g, d] where the last two axes of x are, with x of at least one axis more.
+    weight is [d], or [g, d] where the last two axes of x are, with x of at least one axis more; None for ones.
     """
-    if _fast_rows(x) and x.dtype == weight.dtype:
+    if _fast_rows(x) and (weight is None or x.dtype == weight.dtype):
         y: Tensor = _ScaleRows.apply(x, weight, x.shape[-1], eps)
         return y
+    if weight is None:
+        # Reduced in float32 by itself; autocast may return that.
+        return F.rms_norm(x, (x.shape[-1],), eps=eps).to(x.dtype)
     y = F.rms_norm(wide(x), (x.shape[-1],), None if weight.ndim > 1 else wide(weight), eps)
     return (y if weight.ndim == 1 else y * weight).to(x.dtype)
 

@@ -33,6 +33,12 @@ def test_rms_norm_and_its_gradients_are_those_of_the_formula(shape):
         torch.testing.assert_close(grad, plain, rtol=1e-12, atol=1e-12)
 
 
+def test_rms_norm_without_weights_is_that_with_ones():
+    x = rand(3, 4, 8).transpose(0, 1)
+    torch.testing.assert_close(rms_norm(x, None, EPS), plain_rms(x, 1.0), rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda x: rms_norm(x, None, EPS), (x,))
+
+
 def test_l2_norm_and_its_gradient_are_those_of_the_formula():
     x = rand(2, 5, 6)
     expected = x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
@@ -48,7 +54,7 @@ def test_norms_of_zero_are_zero_with_a_finite_gradient():
     assert torch.isfinite(grad).all()
 
 
-@pytest.mark.parametrize("norm", [l2_norm, lambda x: rms_norm(x, torch.ones(64))])
+@pytest.mark.parametrize("norm", [l2_norm, rms_norm, lambda x: rms_norm(x, torch.ones(64))])
 def test_norms_of_bf16_reduce_in_float32(norm):
     # The two sides differ in their last float32 bit, which in one draw of 250 turns a rounding to bf16.
     torch.manual_seed(0)
