@@ -55,9 +55,11 @@ class _JointLinear(torch.autograd.Function):
             if grad is None:
                 dweights += [None] * len(rows)
             else:
-                weight = joint[first : first + sum(rows)]
+                if first + sum(rows) == sum(ctx.rows):
+                    grad = _whole_rows(grad)
+                weight = joint[first : first + grad.shape[1]]
                 dx = grad @ weight if dx is None else dx.addmm_(grad, weight)
-                dweights += _weight_gradient(grad, flat, ctx.dtypes[len(dweights)]).split(rows)
+                dweights += _weight_gradient(grad, flat, ctx.dtypes[len(dweights)])[: sum(rows)].split(rows)
             first += sum(rows)
         return None if dx is None else dx.view_as(x), *dweights
 
@@ -82,6 +84,16 @@ def _merged(grads: Sequence[Tensor | None], rows: Sequence[int]) -> list[tuple[T
         else:
             pieces.append((flat, [width]))
     return pieces
+
+
+def _whole_rows(grad: Tensor) -> Tensor:
+    """A matrix that fills a tensor but for zeros up to the next multiple of ALIGN columns, with those where a GPU's
+    products need them: they are slow for a width that is no multiple of 16 bytes."""
+    if torch.compiler.is_compiling() or grad.shape[1] * grad.element_size() % 16 == 0:
+        return grad
+    step, size = grad.stride(0), grad.untyped_storage().nbytes() // grad.element_size()
+    padded = grad.storage_offset() == 0 and grad.stride(1) == 1 and step == grad.shape[1] + -grad.shape[1] % ALIGN
+    return grad.as_strided((len(grad), step), (step, 1)) if padded and size == len(grad) * step else grad
 
 
 def _beside(a: Tensor, b: Tensor) -> bool:

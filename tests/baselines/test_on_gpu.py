@@ -16,27 +16,30 @@ CONFIGS = {
     "cudnn": AttentionConfig(n_heads=4),
     "flash": AttentionConfig(n_heads=4),
 }
-each = pytest.mark.parametrize("library", CONFIGS)
+NORMED = AttentionConfig(n_heads=4, qk_norm=True)
+each = pytest.mark.parametrize(
+    ("library", "mixer"), [*CONFIGS.items(), pytest.param("flash", NORMED, id="flash-norm")]
+)
 
 
-def model(library):
+def model(library, mixer):
     status = rival_libraries()[library]
     if not status.startswith("ready"):
         pytest.skip(f"{library}: {status}")
-    return ModelConfig(dim=256, depth=2, mixer=CONFIGS[library])
+    return ModelConfig(dim=256, depth=2, mixer=mixer)
 
 
 @each
-def test_the_library_is_right_here(library):
-    found = check(model(library), torch.device("cuda"), torch.bfloat16, library)
+def test_the_library_is_right_here(library, mixer):
+    found = check(model(library, mixer), torch.device("cuda"), torch.bfloat16, library)
     assert found.ok and found.backends[0] != "torch", found
 
 
 @each
 @torch.no_grad()
-def test_a_model_made_on_the_cpu_gives_the_same_logits_on_the_gpu(library):
+def test_a_model_made_on_the_cpu_gives_the_same_logits_on_the_gpu(library, mixer):
     torch.manual_seed(0)
-    net = LanguageModel(model(library)).eval()
+    net = LanguageModel(model(library, mixer)).eval()
     tokens = torch.randint(256, (2, 200))
     expected = net(tokens)
     net = net.cuda()
@@ -48,8 +51,8 @@ def test_a_model_made_on_the_cpu_gives_the_same_logits_on_the_gpu(library):
 
 @each
 @torch.no_grad()
-def test_a_prompt_in_pieces_and_single_steps_equal_the_whole(library):
-    config = model(library)
+def test_a_prompt_in_pieces_and_single_steps_equal_the_whole(library, mixer):
+    config = model(library, mixer)
     torch.manual_seed(0)
     net = build_mixer(config.dim, config.mixer).cuda()
     x = torch.randn(2, 150, config.dim, device="cuda")
@@ -64,7 +67,7 @@ def test_a_prompt_in_pieces_and_single_steps_equal_the_whole(library):
 
 @pytest.mark.parametrize("library", ["fla", "mamba-ssm"])
 def test_parameters_are_those_of_the_librarys_own_layer(library):
-    config = model(library)
+    config = model(library, CONFIGS[library])
     c = config.mixer
     if library == "fla":
         layers = pytest.importorskip("fla.layers")

@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from e88.layers.linear import _JointLinear, _merged, joint_linear
+from e88.layers.accuracy import check
+from e88.layers.linear import _JointLinear, _merged, _whole_rows, joint_linear
+from e88.models.config import E88Config, ModelConfig
 
 
 def problem(dtype=torch.float64, device="cpu", rows=(24, 3, 8)):
@@ -27,11 +29,13 @@ def test_equals_separate_products_with_gradients():
         assert got.stride(-2) % 8 == 0
 
 
+@pytest.mark.parametrize("width", [40, 64])
 @pytest.mark.parametrize("used", [(0,), (1,), (0, 2), (0, 1, 2)])
-def test_gradients_side_by_side_in_one_tensor_or_missing(used):
+def test_gradients_side_by_side_in_one_tensor_or_missing(used, width):
     x, weights = problem()
-    wide = torch.randn(2, 5, 40, dtype=x.dtype)
-    columns = wide.split([24, 3, 8, 5], -1)
+    wide = torch.randn(2, 5, width, dtype=x.dtype)
+    wide[..., 35:] = 0
+    columns = wide.split([24, 3, 8, width - 35], -1)
     for grads in (columns, [c.clone() for c in columns]):
         outputs = _JointLinear.apply(x, *weights)
         got = torch.autograd.grad(
@@ -50,6 +54,15 @@ def test_neighbours_become_one_matrix_without_a_copy():
     assert rows == [24, 8, 8] and torch.equal(joined, wide) and joined.data_ptr() == wide.data_ptr()
     assert [r for _, r in _merged([a, None, c], [24, 8, 8])] == [[24], [8], [8]]
     assert [r for _, r in _merged([a, b.clone(), c], [24, 8, 8])] == [[24], [8], [8]]
+
+
+def test_a_width_that_products_are_slow_for_takes_the_zeros_behind_it():
+    wide = torch.randn(4, 64)
+    for width in (35, 61):
+        assert _whole_rows(wide[:, :width]).shape == (4, 64)
+    # A width that is fast already, a matrix that is no more than that, columns that are something else's.
+    for other in (wide[:, :36], torch.randn(4, 35), torch.randn(4, 128)[:, :35], wide[:, 1:], wide[:3, :35]):
+        assert _whole_rows(other) is other
 
 
 def test_compiles_as_one_graph():
@@ -82,3 +95,15 @@ def test_under_autocast_weights_get_gradients_in_their_own_dtype():
         assert ((a.double() - b).norm() / b.norm()).item() < 5e-3
     # No rounding to bf16 on the way to the weights' gradients.
     assert ((got[1].double() - want[1]).norm() / want[1].norm()).item() < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("n_heads", [5, 12, 72])
+def test_a_layer_whose_projections_fill_no_whole_rows(n_heads, gate):
+    # What the allocator hands out next holds no zeros.
+    poison = torch.full((1 << 24,), float("nan"), device="cuda")
+    del poison
+    config = ModelConfig(dim=256, depth=1, mixer=E88Config(n_heads=n_heads, n_state=16, gate=gate))
+    found = check(config, torch.device("cuda"), torch.bfloat16)
+    assert found.ok and found.backends == ("cuda",)

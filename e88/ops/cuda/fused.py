@@ -1,7 +1,7 @@
 """The 16-bit CUDA kernels from raw projections to the gated output.
 
 Letters as in `e88.ops.contract`. The gradients of qkv, gate, a and b are neighbouring columns of one tensor, as their
-operands are where one matrix product made all four, so that nobody has to put them together.
+operands are where one matrix product made all four, so that nobody has to put them together; zeros fill its rows.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def _scalars(a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
 def _widths(x: Saved) -> list[int]:
     """Columns in the packed gradient of qkv, gate, a and b, 0 for what is not there, and of the space behind them."""
     there = [0 if u is None or u.dtype != x.qkv.dtype else u.shape[-1] for u in (x.qkv, x.gate, x.a, x.b)]
-    # Rows begin at a line of the cache, 128 bytes; a head's piece of a row would otherwise touch one more.
+    # Rows begin at a line of the cache, 128 bytes; a head's piece of a row would otherwise touch one more. The space
+    # holds zeros, so that a product can take whole rows.
     return [*there, -sum(there) % ALIGN]
 
 
@@ -169,6 +170,7 @@ def _backward(dy: Tensor, dfinal: Tensor | None, x: Saved, out: Gradients) -> No
     raw_dq, raw_dk, raw_dv = _parts(out.packed, x)
     tied = width == 2 * H * x.K
     dv = qkv.new_empty(B, T, H * x.V) if tied else out.packed
+    out.packed[..., sum(_widths(x)[:-1]) :] = 0
     _, dgate, da, db = _pieces(x, out)
     dq: Tensor | int = raw_dq
     dk: Tensor | int = raw_dk
