@@ -71,8 +71,9 @@ def write_figure(records: Sequence[Record], path: str | os.PathLike[str], by: st
     title = f"{measure.title[0].upper()}{measure.title[1:]} {against}"
     canvas = Canvas(width, height, title)
     canvas.text(16, 26, title, css="title")
-    seeds = max(curve.seeds for curve in curves)
-    told = comparison.title + (f"; mean and range of {seeds} seeds" if seeds > 1 else "; one seed")
+    fewest, most = min(curve.seeds for curve in curves), max(curve.seeds for curve in curves)
+    seeds = f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
+    told = comparison.title + (f"; mean and range of {seeds}" if most > 1 else "; one seed")
     canvas.text(16, 48, shorten(told, width - 32), css="soft")
     look = styles(comparison.groups)
     draw_curves(canvas, curves, look, Box(62, 92, width - 12, height - 50), X_TITLES[x_key], measure.title)
