@@ -228,7 +228,8 @@ class _Court:
     def _outcome_of_training(self, claim: Claim) -> Verdict:
         """One run to the contrary refutes, whatever has not run; two seeds of each model confirm."""
         wanted = claim.form == "trains"
-        contrary, counts, missing = [], [], None
+        contrary: dict[str, list[str]] = {}
+        counts, missing = [], None
         for name in claim.models:
             try:
                 runs = self._runs(name, claim)
@@ -240,9 +241,10 @@ class _Court:
             against = sum(outcome != wanted for outcome in trained)
             if against:
                 did = "did not train" if wanted else "trained"
-                contrary.append(f"{name} {did} in {against} of {len(trained)} seeds")
+                contrary.setdefault(f"{did} in {against} of {len(trained)} seeds", []).append(name)
         if contrary:
-            return Verdict(claim, self.scale, REFUTED, "; ".join(contrary), seeds=min(counts))
+            told = "; ".join(f"{', '.join(names)} {what}" for what, names in contrary.items())
+            return Verdict(claim, self.scale, REFUTED, told, seeds=min(counts))
         if missing is not None:
             raise missing
         seeds = min(counts)
