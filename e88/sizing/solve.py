@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from e88.errors import UserError, unknown_name
 from e88.models.config import AttentionConfig, E88Config, GatedDeltaNetConfig, Mamba2Config, MixerConfig, ModelConfig
@@ -25,8 +26,7 @@ BALANCED_INVERSE = (0.8, 1.2)
 # dim/depth. E88: between the best of the dimension sweep (1792 x 38) and of the benchmark (2176 x 32). Rivals: the
 # shapes of the 500M baselines.
 ASPECTS = {"e88": (47.0, 68.0), "mamba2": (50.0, 50.0), "gated_deltanet": (69.3, 69.3), "attention": (85.3, 85.3)}
-# Widths beyond this factor of the aspect band are not searched.
-ASPECT_REACH = 4.0
+ASPECT_REACH = 4.0  # Widths beyond this factor of the aspect band are not searched.
 KIND_NAMES = {
     "e88": "e88",
     "gated_deltanet": "gated_deltanet",
@@ -34,6 +34,11 @@ KIND_NAMES = {
     "mamba2": "mamba2",
     "attention": "attention",
     "transformer": "attention",
+}
+RIVALS: dict[str, MixerConfig] = {
+    "gated_deltanet": GatedDeltaNetConfig(n_heads=1, expand_v=2.0),
+    "mamba2": Mamba2Config(),
+    "attention": AttentionConfig(n_heads=1),
 }
 RANKING = (
     "score (lower is better) = balance: 1 at the edge of the band that both guides call balanced; nearness: 0.5 "
@@ -115,29 +120,34 @@ def matched(
     *,
     depth: int | None = None,
     vocab_size: int = 256,
+    options: MixerConfig | None = None,
 ) -> ModelConfig:
     """The best shape of a kind (`mamba2`, `gdn`, `transformer`, `e88`) within `tolerance` of `target` parameters.
 
     Rivals are built strong: Mamba2 with mamba-ssm's defaults, Gated DeltaNet with gate, convolution and
     expand_v 2, the Transformer with a SwiGLU MLP near 8/3 of dim. Nearness is weighed against dim/depth and the
-    rival's usual inner width. UserError where nothing fits.
+    rival's usual inner width. options: a mixer of that kind, which the shape's equals in all but heads and head
+    widths; E88 keeps its n_state too. UserError where nothing fits.
     """
     kind = mixer_kind(kind)
     if kind == "e88":
-        return solve(target, depth=depth, vocab_size=vocab_size, tolerance=tolerance, top=1)[0].config
-    found: list[tuple[float, ModelConfig]] = []
+        find = partial(solve, target, depth=depth, vocab_size=vocab_size, tolerance=tolerance, top=1)
+        found = find(template=options, n_state=options.n_state) if isinstance(options, E88Config) else find()
+        return found[0].config
+    options = options or RIVALS[kind]
+    shapes: list[tuple[float, ModelConfig]] = []
     for heads_off in (0, 1):
-        for shape, unusual in _rival_shapes(kind, target, depth, vocab_size, heads_off):
+        for shape, unusual in _rival_shapes(options, target, depth, vocab_size, heads_off):
             for layers in _depths(shape, block_params(shape), target, tolerance, depth):
                 config = dataclasses.replace(shape, depth=layers)
                 near = abs(count_params(config) - target) / (tolerance * target)
-                found.append((near / 2 + _off_band(shape.dim / layers, *ASPECTS[kind]) + unusual, config))
-        if found:
+                shapes.append((near / 2 + _off_band(shape.dim / layers, *ASPECTS[kind]) + unusual, config))
+        if shapes:
             break
     else:
         where = "" if depth is None else f" at depth {depth}"
         raise UserError(f"no {kind} shape{where} within {tolerance:.1%} of {human_count(target)} parameters")
-    return min(found, key=lambda pair: pair[0])[1]
+    return min(shapes, key=lambda pair: pair[0])[1]
 
 
 def _widths() -> Iterator[int]:
@@ -250,11 +260,11 @@ def _with_heads(shape: ModelConfig, heads: int, depth: int) -> ModelConfig:
 
 
 def _rival_shapes(
-    kind: str, target: int, depth: int | None, vocab_size: int, heads_off: int
+    options: MixerConfig, target: int, depth: int | None, vocab_size: int, heads_off: int
 ) -> Iterator[tuple[ModelConfig, float]]:
     """(shape at depth 1, penalty for an unusual inner width) of a rival; the head width follows the model's."""
     for dim in _widths():
-        for mixer, hidden, unusual in _rival_mixers(kind, dim, heads_off):
+        for mixer, hidden, unusual in _rival_mixers(options, dim, heads_off):
             shape = ModelConfig(dim=dim, depth=1, mixer=mixer, vocab_size=vocab_size, mlp_hidden=hidden)
             # The first of a width is typical of them all.
             if not _plausible(shape, target, depth):
@@ -262,26 +272,27 @@ def _rival_shapes(
             yield shape, unusual
 
 
-def _rival_mixers(kind: str, dim: int, heads_off: int) -> Iterator[tuple[MixerConfig, int, float]]:
+def _rival_mixers(options: MixerConfig, dim: int, heads_off: int) -> Iterator[tuple[MixerConfig, int, float]]:
     """(mixer, mlp_hidden, penalty) of each shape of a rival at one width, the most usual first.
 
     heads_off: how many heads more or fewer Gated DeltaNet may have than fill the width.
     """
     width = 128 if dim >= 768 else 64 if dim >= 256 else 32
-    if kind == "mamba2":
+    if isinstance(options, Mamba2Config):
         head_dim = 64 if dim >= 512 else 32
-        if 2 * dim % head_dim == 0:
-            yield Mamba2Config(head_dim=head_dim), 0, 0.0
+        if options.expand * dim % head_dim == 0:
+            yield dataclasses.replace(options, head_dim=head_dim), 0, 0.0
             # The library's d_state of 128 is most of a small model.
             if dim < 512:
-                yield Mamba2Config(head_dim=head_dim, d_state=64), 0, 0.5
-    elif kind == "gated_deltanet" and dim % (width // 2) == 0:
+                yield dataclasses.replace(options, head_dim=head_dim, d_state=64), 0, 0.5
+    elif isinstance(options, GatedDeltaNetConfig) and dim % (width // 2) == 0:
         for heads in range(max(dim // width - heads_off, 1), -(-dim // width) + heads_off + 1):
-            mixer = GatedDeltaNetConfig(n_heads=heads, head_dim=width, expand_v=2.0)
+            mixer = dataclasses.replace(options, n_heads=heads, head_dim=width)
             yield mixer, 0, abs(math.log2(heads * width / dim))
-    elif kind == "attention" and dim % (width // 2) == 0:
+    elif isinstance(options, AttentionConfig) and dim % (width // 2) == 0:
         # Half the head width where it does not divide dim: 64 is as usual as 128.
-        attention = AttentionConfig(n_heads=dim // (width if dim % width == 0 else width // 2))
+        heads = dim // (width if dim % width == 0 else width // 2)
+        attention = dataclasses.replace(options, n_heads=heads)
         step, ideal = (64 if dim >= 256 else 16), 8 / 3 * dim
         hiddens = range(step * round(0.85 * ideal / step), round(1.15 * ideal) + 1, step)
         for hidden in sorted(hiddens, key=lambda h: abs(h - ideal)):

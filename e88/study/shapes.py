@@ -5,7 +5,8 @@ A table is one of
     kind = KIND, params = "500M", and any of dim, depth, n_heads, n_state fixed: solved for the count, balanced
     kind = KIND, match = another model of the study: as many parameters as that has
     kind = KIND and all dimensions
-A preset may have `match` too: it holds where the study is shrunk, and the preset as it is at full size.
+A preset may have `match` too, which holds where the study is shrunk: dimensions for that many parameters, all else as
+in the preset. At full size the preset is what it is.
 """
 
 from __future__ import annotations
@@ -61,8 +62,7 @@ def build(table: Mapping[str, Any], shrink: Shrink, params_of: Callable[[str], i
     options = dict(table)
     match = options.pop("match", None)
     if match is not None and not ("preset" in options and shrink.is_none):
-        kind = preset(options["preset"]).mixer.kind if "preset" in options else options.get("kind", "")
-        return matched(kind, params_of(match), tolerance=shrink.tolerance)
+        return _matched(options, params_of(match), shrink.tolerance)
     if "preset" in options:
         base = preset(options.pop("preset"))
         return shrunk(_with(base, options), shrink)
@@ -72,6 +72,20 @@ def build(table: Mapping[str, Any], shrink: Shrink, params_of: Callable[[str], i
         return _solved(options, shrink)
     model = {key: options.pop(key) for key in MODEL_KEYS if key in options}
     return shrunk(ModelConfig.from_dict({**model, "mixer": options}), shrink)
+
+
+def _matched(options: dict[str, Any], target: int, tolerance: float) -> ModelConfig:
+    """A kind's usual form, or a preset's own, in a shape of `target` parameters."""
+    if "preset" not in options:
+        kind = options.pop("kind", "")
+        if options:
+            raise UserError(f"a model with kind and match has the kind's usual form; drop {', '.join(options)}")
+        return matched(kind, target, tolerance)
+    form = _with(preset(options.pop("preset")), options)
+    if form.hybrid is not None or (form.mlp_hidden and not isinstance(form.mixer, AttentionConfig)):
+        raise UserError("match finds shapes of one mixer, with an MLP for attention alone; leave out match")
+    found = matched(form.mixer.kind, target, tolerance, vocab_size=form.vocab_size, options=form.mixer)
+    return dataclasses.replace(found, output_gain=form.output_gain, branch_gain=form.branch_gain)
 
 
 def _with(config: ModelConfig, options: Mapping[str, Any]) -> ModelConfig:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from e88.errors import UserError
-from e88.models.config import E88Config, Mamba2Config, ModelConfig
+from e88.models.config import AttentionConfig, E88Config, GatedDeltaNetConfig, Mamba2Config, MixerConfig, ModelConfig
 from e88.sizing.advice import hardware, verdicts
 from e88.sizing.closed_form import params_by_group
 from e88.sizing.solve import matched, mixer_kind, solve
@@ -104,6 +106,25 @@ def test_rivals_take_depth_and_vocabulary() -> None:
         matched("mamba2", 500_000_000, depth=1000)
     with pytest.raises(UserError, match="did you mean gdn"):
         matched("gdm", 500_000_000)
+
+
+@settings(max_examples=20, deadline=None)
+@given(target=st.floats(7, 9.5).map(lambda exponent: round(10**exponent)))
+@pytest.mark.parametrize(
+    "options",
+    [
+        E88Config(n_heads=3, n_state=48, gate=True, conv=4),
+        GatedDeltaNetConfig(n_heads=3, expand_v=1.0, gate=False),
+        Mamba2Config(expand=4, conv=3),
+        AttentionConfig(n_heads=3, qk_norm=True),
+    ],
+)
+def test_a_matched_shape_keeps_what_is_no_dimension(options: MixerConfig, target: int) -> None:
+    config = matched(options.kind, target, options=options)
+    assert abs(total(config) - target) <= 0.01 * target
+    searched = ("n_heads", "head_dim", "d_state") if options.kind == "mamba2" else ("n_heads", "head_dim")
+    same = {key: getattr(options, key) for key in searched if hasattr(options, key)}
+    assert replace(config.mixer, **same) == options
 
 
 @pytest.mark.parametrize(

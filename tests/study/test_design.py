@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,9 @@ def test_models_are_solved_matched_and_overridden() -> None:
         "rival": {"preset": "mamba2-500m", "match": "a"},
         "same": {"kind": "mamba2", "match": "a"},
         "own": {"preset": "E88_b56n32", "smoke": {"preset": "tiny-e88"}},
+        "wide": {"preset": "e88-500m", "match": "a", "branch_gain": 4.0},
+        "doc": {"preset": "gdn-500m-doc", "match": "a"},
+        "normed": {"preset": "transformer-500m", "qk_norm": True, "match": "a"},
     }
     study = parse_study("test", table(models=models))
     full, smoke = study.model, lambda name: study.model(name, study.scales["smoke"])
@@ -69,6 +73,12 @@ def test_models_are_solved_matched_and_overridden() -> None:
     assert count_params(full("same")) == pytest.approx(count_params(full("a")), rel=0.01)
     assert count_params(smoke("rival")) == pytest.approx(count_params(smoke("a")), rel=0.2)
     assert smoke("own") == PRESETS["tiny-e88"].config
+    # Only dimensions are found: what a preset is apart from them stays.
+    for name in ("wide", "doc", "normed"):
+        small, mixer = smoke(name), full(name).mixer
+        sizes = {key: getattr(mixer, key) for key in ("n_heads", "head_dim") if hasattr(mixer, key)}
+        assert count_params(small) == pytest.approx(count_params(smoke("a")), rel=0.2)
+        assert replace(small.mixer, **sizes) == mixer and small.branch_gain == full(name).branch_gain
 
 
 def test_an_experiment_has_each_run_once_seed_by_seed(text: Path) -> None:
@@ -116,6 +126,8 @@ def test_a_model_may_have_its_own_number_of_seeds(text: Path) -> None:
         ({"models": {"a": {"preset": "tiny-e99"}}}, "did you mean"),
         ({"models": {"a": {"preset": "tiny-e88", "headz": 1}}}, "unknown"),
         ({"models": {"a": {"kind": "mamba2", "params": "1M", "dim": 64}}}, "drop dim"),
+        ({"models": {"a": {"preset": "E88_b56n32"}, "b": {"kind": "gdn", "match": "a", "conv": 0}}}, "drop conv"),
+        ({"models": {"a": {"preset": "E88_b56n32"}, "b": {"preset": "e88-500m-memory", "match": "a"}}}, "leave out"),
         ({"scales": {"smoke": {"seeds": 0}}}, "seeds must be"),
         ({"scales": {"smoke": {"sees": 1}}}, "unknown"),
         ({"models": {"a": {"preset": "tiny-e88", "seeds": "3"}}}, "seeds must be"),
