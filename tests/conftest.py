@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+# A busy machine is no defect.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 torch.set_num_threads(1)
 # For the processes that tests start.

@@ -46,7 +46,7 @@ def operands(b, T, R, P, N, groups, *, dtype=torch.float64, step=0.3, decay=4.0,
     return [x.requires_grad_() for x in tensors]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     T=st.integers(1, 40), chunk=st.sampled_from([1, 4, 12, 32]), R=st.integers(1, 3), groups=st.integers(1, 3),
     P=st.integers(1, 6), N=st.integers(1, 6), decay=st.sampled_from([0.0, 4.0, 300.0]), seed=st.integers(0, 999),

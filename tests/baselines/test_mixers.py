@@ -31,7 +31,7 @@ def close(a, b):
 
 
 @each
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(lengths=st.lists(st.integers(1, 24), min_size=2, max_size=4), batch=st.integers(1, 3))
 def test_pieces_with_carried_state_equal_the_whole(name, lengths, batch):
     net = mixer(name)
@@ -76,7 +76,7 @@ def test_steps_can_follow_a_prompt_and_a_prompt_can_follow_steps(name):
 
 
 @each
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(t=st.integers(0, 39))
 def test_the_future_leaves_the_past_alone(name, t):
     net = mixer(name)

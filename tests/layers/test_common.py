@@ -98,7 +98,7 @@ def test_short_conv_is_a_causal_depthwise_conv1d(bias, width):
         torch.testing.assert_close(grad, plain, rtol=1e-11, atol=1e-12)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(lengths=st.lists(st.integers(1, 7), min_size=1, max_size=6), width=st.integers(2, 5), seed=st.integers(0, 99))
 def test_short_conv_in_pieces_equals_the_whole(lengths, width, seed):
     torch.manual_seed(seed)

@@ -98,7 +98,7 @@ def test_stepping_and_splitting_equal_the_parallel_pass(options):
         assert error(state2[name], final[name]) < 1e-10
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     heads=st.integers(1, 5),
     n_state=st.integers(1, 9),

@@ -125,7 +125,7 @@ def test_every_parameter_gets_a_gradient():
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in m.parameters()), mixer.kind
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     n_heads=st.integers(1, 200),
     n_state=st.integers(1, 256),

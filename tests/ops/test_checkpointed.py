@@ -24,7 +24,7 @@ SEGMENT = checkpointed.SEGMENT
     activation=st.sampled_from(["tanh", "identity"]),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_equals_reference(T, H, K, V, gate, state, scale, activation, seed) -> None:
     x = operands(2, T, H, K, V, gate=gate, state=state, scale=scale, activation=activation, seed=seed)
     assert_close(x.results("checkpointed"), x.results("reference"), 1e-11)
@@ -34,7 +34,7 @@ def test_equals_reference(T, H, K, V, gate, state, scale, activation, seed) -> N
     lengths=st.lists(st.integers(0, SEGMENT + 2), min_size=1, max_size=4).filter(sum),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_equals_reference_on_packed_sequences(lengths, seed) -> None:
     x = operands(H=2, K=3, V=2, lengths=tuple(lengths), seed=seed)
     assert_close(x.results("checkpointed"), x.results("reference"), 1e-11)

@@ -30,7 +30,7 @@ def step(x: Projections, state: torch.Tensor, t: int, backend: str = "auto", **o
     return fused_tanh_delta_rule_step(**rows, **vectors, n_heads=H, head_k_dim=K, head_v_dim=V, **options)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     H=st.integers(1, 4), K=st.integers(1, 9), V=st.integers(1, 9), tied=st.booleans(), gate=st.booleans(),
     b=st.booleans(), decay=st.booleans(), activation=st.sampled_from(["tanh", "identity"]), seed=st.integers(0, 99),

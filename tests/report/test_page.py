@@ -188,7 +188,6 @@ def _paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 # No shrinking: an example is read as it is, and each takes a page to try.
 @settings(
     max_examples=40,
-    deadline=None,
     phases=[Phase.reuse, Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

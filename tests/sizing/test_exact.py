@@ -69,13 +69,13 @@ MAMBA2 = st.builds(
 ATTENTION = st.builds(AttentionConfig, n_heads=st.sampled_from((1, 2, 4)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(models(e88_mixers(), st.integers(1, 40)))
 def test_e88(config: ModelConfig) -> None:
     assert params_by_group(config) == exact_params_by_group(config)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(models(st.one_of(GATED_DELTANET, MAMBA2, ATTENTION), st.sampled_from((16, 32, 48))))
 def test_rivals(config: ModelConfig) -> None:
     assert params_by_group(config) == exact_params_by_group(config)

@@ -1,7 +1,7 @@
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from e88.errors import UserError
@@ -11,7 +11,6 @@ from e88.sizing.fit import OFF_RATIO, fit
 from e88.sizing.presets import preset
 
 
-@settings(deadline=None)
 @given(
     target=st.integers(30_000, 2_000_000), depth=st.integers(1, 12), n_state=st.sampled_from([8, 16, 32]),
     ratio=st.floats(0.5, 2), tolerance=st.sampled_from([0.01, 0.05]), hidden=st.sampled_from([0, 64]),

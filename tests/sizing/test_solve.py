@@ -23,7 +23,7 @@ def total(config: ModelConfig) -> int:
     return sum(params_by_group(config).values())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     target=TARGETS,
     gate=st.booleans(),
@@ -85,7 +85,7 @@ def test_impossible_wishes_are_one_line_and_name_the_nearest_shape() -> None:
         solve(1000)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     target=st.floats(7, 10.3).map(lambda exponent: round(10**exponent)),
     kind=st.sampled_from(("mamba2", "gdn", "transformer", "e88")),
@@ -108,7 +108,7 @@ def test_rivals_take_depth_and_vocabulary() -> None:
         matched("gdm", 500_000_000)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(target=st.floats(7, 9.5).map(lambda exponent: round(10**exponent)))
 @pytest.mark.parametrize(
     "options",

@@ -17,7 +17,7 @@ from e88.study.frontier import Point, frontier
 from e88.study.store import Store
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.floats(0.1, 1.0), st.floats(0.0, 2.0), st.floats(0.5, 3.0))
 def test_an_exact_law_is_found_again(exponent: float, floor: float, scale: float) -> None:
     x = np.geomspace(1e6, 1e9, 8)

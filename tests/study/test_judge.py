@@ -164,7 +164,7 @@ def test_claims_together(text: Path) -> None:
     assert outcomes["x"].more_seeds == outcomes["open"].more_seeds
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10_000), st.integers(3, 6), st.floats(0.05, 0.5))
 def test_the_seeds_that_would_decide_do(seed: int, n: int, mean: float) -> None:
     rng = random.Random(seed)

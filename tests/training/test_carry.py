@@ -83,7 +83,7 @@ def test_a_step_differs_from_one_from_nothing_after_the_first_of_a_block(kind, c
 
 
 @pytest.mark.parametrize("kind", MIXERS)
-@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(stop=st.integers(1, 7), parts=st.sampled_from([1, 2]), precision=st.sampled_from(["fp32", "bf16"]))
 def test_a_run_resumed_within_a_block_equals_an_uninterrupted_one(
     kind, stop, parts, precision, corpus, tmp_path_factory

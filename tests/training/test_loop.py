@@ -39,7 +39,7 @@ class StopAt:
             os.kill(os.getpid(), signal.SIGINT)
 
 
-@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     stop=st.integers(1, 7), optimizer=st.sampled_from(["adamw", "schedulefree", "muon"]), parts=st.sampled_from([1, 2])
 )
