@@ -132,7 +132,7 @@ def _preset_with(name: str, given: dict[str, Any]) -> ModelConfig:
             raise UserError(f"{preset.name} is a {mixer.kind} model and has no {key}; its own options are {own}")
     model = {key: value for key, value in given.items() if key in MODEL_KEYS}
     layer = {key: value for key, value in given.items() if key not in MODEL_KEYS}
-    return dataclasses.replace(preset.config, mixer=dataclasses.replace(mixer, **layer), **model)
+    return preset.config.with_mixer(dataclasses.replace(mixer, **layer), **model)
 
 
 def _describe(name: str | None, config: ModelConfig, hardware: str | None, window: int, batch: int) -> dict[str, Any]:

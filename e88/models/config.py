@@ -193,6 +193,15 @@ class ModelConfig:
         alone = dataclasses.replace(self, depth=self.depth - blocks, hybrid=None, hybrid_every=0)
         return [alone, dataclasses.replace(alone, depth=blocks, mixer=self.hybrid)]
 
+    def with_mixer(self, mixer: MixerConfig, **changes: Any) -> ModelConfig:
+        """This model with another mixer of the same kind, and `changes`. A hybrid of that kind, unless it is among the
+        changes, goes along in what it had as the mixer had it."""
+        old, hybrid = self.mixer, self.hybrid
+        if hybrid is not None and hybrid.kind == mixer.kind == old.kind:
+            shared = [f.name for f in dataclasses.fields(old) if getattr(hybrid, f.name) == getattr(old, f.name)]
+            changes = {"hybrid": dataclasses.replace(hybrid, **{n: getattr(mixer, n) for n in shared}), **changes}
+        return dataclasses.replace(self, mixer=mixer, **changes)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able form; `from_dict` gives back an equal config."""
         data = dataclasses.asdict(self)

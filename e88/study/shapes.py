@@ -89,13 +89,13 @@ def _matched(options: dict[str, Any], target: int, tolerance: float) -> ModelCon
 
 
 def _with(config: ModelConfig, options: Mapping[str, Any]) -> ModelConfig:
-    """A configuration with some of its own, or its mixer's, keys replaced."""
+    """A configuration with some of its own, or its mixer's, keys replaced; of two mixers of a kind both follow."""
     model = {key: value for key, value in options.items() if key in MODEL_KEYS}
     mixer = {key: value for key, value in options.items() if key not in MODEL_KEYS}
     built = build_config(type(config.mixer), {**dataclasses.asdict(config.mixer), **mixer})
     if "hybrid" in model:
         model["hybrid"] = build_mixer_config(model["hybrid"], built)
-    return dataclasses.replace(config, mixer=built, **model)
+    return config.with_mixer(built, **model)
 
 
 def _solved(options: dict[str, Any], shrink: Shrink) -> ModelConfig:

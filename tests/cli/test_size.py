@@ -66,6 +66,10 @@ def test_a_hybrid_names_both_mixers(e88: Command) -> None:
     assert "72 heads of 32, one block in 6 with 18 heads of 128" in first
     size = e88.json("size", "e88-500m-memory")
     assert size["state_total"] == 16 * 72 * 32 * 32 + 3 * 18 * 128 * 128
+    # What both have alike changes in both.
+    ungated = e88.json("size", "e88-500m-memory", "--no-gate", "--n-heads", "64")["config"]
+    assert (ungated["mixer"]["gate"], ungated["hybrid"]["gate"]) == (False, False)
+    assert (ungated["mixer"]["n_heads"], ungated["hybrid"]["n_heads"]) == (64, 18)
 
 
 def test_options_reach_the_layer(e88: Command) -> None:

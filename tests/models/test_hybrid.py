@@ -81,6 +81,17 @@ def test_a_hybrid_at_the_default_is_saved_beside_a_mixer_that_is_not(options):
     assert ModelConfig.from_dict(config.to_dict()) == config
 
 
+def test_another_mixer_takes_a_hybrid_of_its_kind_along():
+    config = hybrid(dataclasses.replace(E88, n_heads=1, n_state=16))
+    changed = config.with_mixer(dataclasses.replace(E88, n_heads=5, conv=2), dim=24)
+    assert changed.mixer == dataclasses.replace(E88, n_heads=5, conv=2) and changed.dim == 24
+    assert changed.hybrid == dataclasses.replace(E88, n_heads=1, n_state=16, conv=2)
+    assert config.with_mixer(E88, hybrid=OTHERS[0]).hybrid == OTHERS[0]
+    for other in OTHERS:
+        if other.kind != "e88":
+            assert hybrid(other).with_mixer(dataclasses.replace(E88, conv=2)).hybrid == other
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
