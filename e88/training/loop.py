@@ -143,7 +143,15 @@ def _spend(
     on_evaluation: OnEvaluation | None,
 ) -> str | None:  # fmt: skip
     """Take steps until the budget is spent; the reason where the run diverged."""
+    saves = False
     while run.used < 1:
+        if run.due:
+            _evaluate(run, heldout)
+            run.due = False
+            if on_evaluation and run.group.is_first:
+                on_evaluation(run.heldout[-1], run.used)
+        if saves:
+            state.save(run)
         before, used = run.clock.seconds["train"], run.used
         reason = _train_step(run, sampler)
         if reason:
@@ -152,16 +160,12 @@ def _spend(
             observer.step(run.log.entries[-1], run.used, _seconds_left(run))
         # One clock is the run's, and a signal to any process is one to all.
         run.clock.seconds["train"], stops = _agree(run, stop)
+        now = run.clock.seconds["train"]
+        point = run.config.points_passed(run.used) > run.config.points_passed(used)
+        run.due = point or _due(run.config.eval_every, before, now)
         if stops:
             raise Interrupted
-        now = run.clock.seconds["train"]
-        share = 1 / (run.config.eval_points + 1)
-        if run.used < 1 and (_due(run.config.eval_every, before, now) or _due(share, used, run.used)):
-            _evaluate(run, heldout)
-            if on_evaluation and run.group.is_first:
-                on_evaluation(run.heldout[-1], run.used)
-        if run.used < 1 and _due(run.config.checkpoint_every, before, now):
-            state.save(run)
+        saves = _due(run.config.checkpoint_every, before, now)
     return None
 
 
