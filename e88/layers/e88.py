@@ -14,6 +14,7 @@ from e88.layers.linear import joint_linear
 from e88.layers.mixer import Mixer, State
 from e88.models.config import E88Config
 from e88.ops import few_rows, fused_tanh_delta_rule, fused_tanh_delta_rule_step
+from e88.ops.backends import BACKENDS
 from e88.ops.norms import wide, wide_dtype
 
 
@@ -24,6 +25,8 @@ class E88Layer(Mixer):
     RMSNorm on the output, write gate b_t, tied k and v, linear state. Parameters are float32; the decay is computed in
     float32 and the state is float32 whatever the autocast dtype. `backend` picks the operator's backend.
     """
+
+    backends = tuple(row.name for row in BACKENDS)
 
     def __init__(self, dim: int, config: E88Config, *, backend: str = "auto") -> None:
         super().__init__()
