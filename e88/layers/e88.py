@@ -115,9 +115,10 @@ class E88Layer(Mixer):
         return y if gate is None else y * F.silu(gate)
 
     def init_state(self, batch: int, *, device: torch.device | None = None) -> State:
-        c = self.config
-        dtype = wide_dtype(self.o_proj.weight.dtype)
-        state = {"S": torch.zeros(batch, c.n_heads, c.head_k_dim, c.head_v_dim, device=device, dtype=dtype)}
+        c, weight = self.config, self.o_proj.weight
+        device = weight.device if device is None else device
+        shape, dtype = (batch, c.n_heads, c.head_k_dim, c.head_v_dim), wide_dtype(weight.dtype)
+        state = {"S": torch.zeros(shape, device=device, dtype=dtype)}
         if self.qkv_conv is not None:
             state["conv"] = self.qkv_conv.init_tail(batch, device=device)
         return state

@@ -52,7 +52,7 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     def init_state(self, batch: int, *, device: torch.device | None = None) -> State:
-        """The state before the first token: named tensors, batch first."""
+        """The state before the first token: named tensors, batch first; on the weights' device where none is given."""
         raise NotImplementedError
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
