@@ -10,10 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from e88.ops.norms import compute_dtype
-
-# Rows of outputs begin at a line of a GPU's cache (128 bytes) for 16-bit dtypes: kernels load 8 elements at a time, and
-# a head's piece of a row would otherwise touch one line more.
-ALIGN = 64
+from e88.ops.operands import ALIGN
 
 
 def joint_linear(x: Tensor, projections: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
