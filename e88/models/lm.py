@@ -83,10 +83,11 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Embedding, blocks, final RMSNorm, head tied with the embedding. Residual stream in the parameters' dtype.
+    """Embedding, blocks, final RMSNorm, head tied with the embedding. Residual stream in float32, or float64 if that is
+    what the parameters are.
 
     Keep the parameters in float32 and compute in bf16 through autocast: an update of 3e-4 on a bf16 weight near 1 is
-    rounded away.
+    rounded away. Matrices that are in bf16, as for decoding, work under autocast only.
     """
 
     def __init__(self, config: ModelConfig) -> None:
