@@ -28,6 +28,8 @@ class GatedDeltaNet(Mixer):
     recurrence is float32 (float64 for float64 parameters) under any autocast; `auto` is the library where it serves.
     """
 
+    backends = ("fla", PLAIN)
+
     def __init__(self, dim: int, config: GatedDeltaNetConfig, *, backend: str = "auto") -> None:
         super().__init__()
         self.config = config

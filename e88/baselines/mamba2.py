@@ -33,6 +33,8 @@ class Mamba2(Mixer):
     serves.
     """
 
+    backends = ("mamba-ssm", PLAIN)
+
     def __init__(self, dim: int, config: Mamba2Config, *, backend: str = "auto") -> None:
         super().__init__()
         self.config = config

@@ -37,6 +37,8 @@ class Attention(Mixer):
     the fastest on Hopper GPUs and newer, or PyTorch's (`flash`); else what PyTorch chooses (`torch`).
     """
 
+    backends = ("cudnn", "flash", PLAIN)
+
     def __init__(self, dim: int, config: AttentionConfig, *, backend: str = "auto") -> None:
         super().__init__()
         self.config = config

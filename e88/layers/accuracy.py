@@ -68,8 +68,7 @@ def layer_errors(
         for parameter in mixer.parameters():
             parameter.copy_(parameter.bfloat16())
     exact = copy.deepcopy(mixer).double()
-    if hasattr(mixer, "backend"):
-        setattr(mixer, "backend", backend)  # noqa: B010
+    mixer.backend = backend
 
     def operands(batch: int, length: int) -> tuple[Tensor, Tensor]:
         x, upstream = (torch.randn(batch, length, config.dim, generator=generator).bfloat16() for _ in range(2))

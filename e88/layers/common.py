@@ -112,8 +112,9 @@ class ShortConv(nn.Module):
 def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None) -> tuple[Tensor, Tensor]:
     """ShortConv's computation: weight [C, 1, W], bias [C] or None, x, tail and results as there.
 
-    y has the dtype that products with x have here, the new tail x's. On a GPU with Triton one pass reads x where it
-    lies, as part of a wider row too, and sums in float32 with the filters as they are, under autocast too.
+    y has the dtype that products with x have here, the new tail x's; for one token behind a tail y has x's, and the new
+    tail the old one's. On a GPU with Triton one pass reads x where it lies, as part of a wider row too, and sums in
+    float32 with the filters as they are, under autocast too.
     """
     length, past = x.shape[1], weight.shape[2] - 1
     kernel = triton_serves(x)

@@ -14,6 +14,7 @@ from e88.layers.linear import joint_linear
 from e88.layers.mixer import Mixer, State
 from e88.models.config import E88Config
 from e88.ops import few_rows, fused_tanh_delta_rule, fused_tanh_delta_rule_step
+from e88.ops.backends import BACKENDS
 from e88.ops.norms import wide, wide_dtype
 
 
@@ -24,6 +25,8 @@ class E88Layer(Mixer):
     RMSNorm on the output, write gate b_t, tied k and v, linear state. Parameters are float32; the decay is computed in
     float32 and the state is float32 whatever the autocast dtype. `backend` picks the operator's backend.
     """
+
+    backends = tuple(row.name for row in BACKENDS)
 
     def __init__(self, dim: int, config: E88Config, *, backend: str = "auto") -> None:
         super().__init__()
@@ -112,9 +115,10 @@ class E88Layer(Mixer):
         return y if gate is None else y * F.silu(gate)
 
     def init_state(self, batch: int, *, device: torch.device | None = None) -> State:
-        c = self.config
-        dtype = wide_dtype(self.o_proj.weight.dtype)
-        state = {"S": torch.zeros(batch, c.n_heads, c.head_k_dim, c.head_v_dim, device=device, dtype=dtype)}
+        c, weight = self.config, self.o_proj.weight
+        device = weight.device if device is None else device
+        shape, dtype = (batch, c.n_heads, c.head_k_dim, c.head_v_dim), wide_dtype(weight.dtype)
+        state = {"S": torch.zeros(shape, device=device, dtype=dtype)}
         if self.qkv_conv is not None:
             state["conv"] = self.qkv_conv.init_tail(batch, device=device)
         return state

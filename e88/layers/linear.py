@@ -10,10 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from e88.ops.norms import compute_dtype
-
-# Rows of outputs begin at a line of a GPU's cache (128 bytes) for 16-bit dtypes: kernels load 8 elements at a time, and
-# a head's piece of a row would otherwise touch one line more.
-ALIGN = 64
+from e88.ops.operands import ALIGN
 
 
 def joint_linear(x: Tensor, projections: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
@@ -56,7 +53,7 @@ class _JointLinear(torch.autograd.Function):
                 dweights += [None] * len(rows)
             else:
                 if first + sum(rows) == sum(ctx.rows):
-                    grad = _whole_rows(grad)
+                    grad = _whole_rows(grad, len(joint) - first)
                 weight = joint[first : first + grad.shape[1]]
                 dx = grad @ weight if dx is None else dx.addmm_(grad, weight)
                 dweights += _weight_gradient(grad, flat, ctx.dtypes[len(dweights)])[: sum(rows)].split(rows)
@@ -86,14 +83,15 @@ def _merged(grads: Sequence[Tensor | None], rows: Sequence[int]) -> list[tuple[T
     return pieces
 
 
-def _whole_rows(grad: Tensor) -> Tensor:
+def _whole_rows(grad: Tensor, most: int) -> Tensor:
     """A matrix that fills a tensor but for zeros up to the next multiple of ALIGN columns, with those where a GPU's
-    products need them: they are slow for a width that is no multiple of 16 bytes."""
+    products need them: they are slow for a width that is no multiple of 16 bytes. Never more than `most`."""
     if torch.compiler.is_compiling() or grad.shape[1] * grad.element_size() % 16 == 0:
         return grad
     step, size = grad.stride(0), grad.untyped_storage().nbytes() // grad.element_size()
-    padded = grad.storage_offset() == 0 and grad.stride(1) == 1 and step == grad.shape[1] + -grad.shape[1] % ALIGN
-    return grad.as_strided((len(grad), step), (step, 1)) if padded and size == len(grad) * step else grad
+    alone = grad.storage_offset() == 0 and grad.stride(1) == 1 and size == len(grad) * step
+    padded = alone and step == grad.shape[1] + -grad.shape[1] % ALIGN and step <= most
+    return grad.as_strided((len(grad), step), (step, 1)) if padded else grad
 
 
 def _beside(a: Tensor, b: Tensor) -> bool:

@@ -6,11 +6,13 @@ B batch, T time, D model width
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from e88.errors import unknown_name
 from e88.models.config import MixerConfig
 
 State = dict[str, Tensor]
@@ -32,12 +34,15 @@ class Mixer(nn.Module):
 
     Subclasses are built as `cls(dim, config)`, leave every parameter initialised, and name their output projection
     `o_proj` or `out_proj` (the model scales it with depth). Parameters with `_no_weight_decay = True` are exempt
-    from weight decay. One that can run in several ways has a `backend`, `auto` or a name, and notes which one ran.
+    from weight decay. One that can run in several ways names them in `backends`, has one of them or `auto` as its
+    `backend`, and notes which one ran.
 
     Where `join_projections` finds several projections of the same input, decoding makes one product of them:
     `step_joined(x @ joined.T, state)` is `step(x, state)`.
     """
 
+    backends: tuple[str, ...] = ()
+    backend: str = "auto"
     joined: Tensor | None = None
 
     def forward(
@@ -47,7 +52,7 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     def init_state(self, batch: int, *, device: torch.device | None = None) -> State:
-        """The state before the first token: named tensors, batch first."""
+        """The state before the first token: named tensors, batch first; on the weights' device where none is given."""
         raise NotImplementedError
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
@@ -68,6 +73,17 @@ def build_mixer(dim: int, config: MixerConfig) -> Mixer:
     """The mixer of `config` at model width `dim`."""
     mixer: Mixer = _resolve(MIXERS[config.kind])(dim, config)
     return mixer
+
+
+def backends_for(kinds: Iterable[str], name: str) -> dict[str, str]:
+    """For every kind of mixer the backend that it has where `name` is asked for: that, or `auto` if it knows no such.
+
+    Raises UserError for a name that none of them knows.
+    """
+    known = {kind: ("auto", *_resolve(MIXERS[kind]).backends) for kind in kinds}
+    if not any(name in names for names in known.values()):
+        raise unknown_name("backend", name, {one for names in known.values() for one in names})
+    return {kind: name if name in names else "auto" for kind, names in known.items()}
 
 
 def rival_libraries() -> dict[str, str]:

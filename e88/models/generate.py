@@ -108,12 +108,17 @@ class Decoder:
     def read(self, prompt: Tensor, *, chunk: int = 1024) -> None:
         """Read prompt [B, T], T >= 1, and draw the next token.
 
-        It is read in parallel chunks of `chunk` tokens, so that memory does not grow with it.
+        After `tokens` it goes on from all of them: the last one given out, which the state has not read yet, is read
+        first. A token that was drawn and not given out is forgotten. It is read in parallel chunks of `chunk` tokens,
+        so that memory does not grow with it.
         """
         if prompt.shape[1] == 0:
             raise UserError("the prompt is empty; give at least one byte to start from")
+        prompt = prompt.to(self.device)
+        if self.logits is not None and self._given:
+            prompt = torch.cat([self.token.unsqueeze(1), prompt], dim=1)
         logits = None
-        for tokens in prompt.to(self.device).split(chunk, dim=1):
+        for tokens in prompt.split(chunk, dim=1):
             with self._precision():
                 logits, state = self.model.prefill(tokens, self.state)
             self._keep(state)

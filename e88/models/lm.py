@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from e88.layers.common import ResidualRMSNorm
-from e88.layers.mixer import State, build_mixer
+from e88.layers.mixer import State, backends_for, build_mixer
 from e88.models.config import MixerConfig, ModelConfig
 from e88.ops.backends import triton_serves
 from e88.ops.norms import wide
@@ -83,10 +83,11 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Embedding, blocks, final RMSNorm, head tied with the embedding. Residual stream in the parameters' dtype.
+    """Embedding, blocks, final RMSNorm, head tied with the embedding. Residual stream in float32, or float64 if that is
+    what the parameters are.
 
     Keep the parameters in float32 and compute in bf16 through autocast: an update of 3e-4 on a bf16 weight near 1 is
-    rounded away.
+    rounded away. Matrices that are in bf16, as for decoding, work under autocast only.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -109,10 +110,10 @@ class LanguageModel(nn.Module):
                 module.weight.mul_(self.config.branch_gain / math.sqrt(branches))
 
     def set_backend(self, name: str) -> None:
-        """Have every mixer that runs on the package's operator use this backend."""
-        for block in self.blocks:
-            if hasattr(block.mixer, "backend"):
-                block.mixer.backend = name
+        """Have every mixer that knows this backend use it, and the others `auto`. UserError where none knows it."""
+        chosen = backends_for((mixer.kind for mixer in self.config.mixers), name)
+        for block, mixer in zip(self.blocks, self.config.mixers, strict=True):
+            block.mixer.backend = chosen[mixer.kind]  # type: ignore[union-attr]
 
     def hidden(
         self, tokens: Tensor, state: LMState | None = None, return_state: bool = False

@@ -1,4 +1,4 @@
-"""The figures of a comparison: curves against time, steps and tokens, and the one picture that stands for it all."""
+"""The figures of a comparison: curves against time, tokens, FLOPs and position, and the one picture of it all."""
 
 from __future__ import annotations
 

@@ -146,9 +146,10 @@ class Search:
 
     def _report(self, run_id: str, trials: list[optuna.Trial]) -> None:
         progress = RunFolder(self.store, run_id).progress() or {}
-        points = self.base.training.eval_points + 1
+        training = self.base.training
+        points = training.eval_points + 1
         for point in progress.get("heldout", ()):
-            index, bpb = math.floor(point["used"] * points), point["bpb"]
+            index, bpb = training.points_passed(point["used"]), point["bpb"]
             for trial in trials:
                 if index in self.study.trials[trial.number].intermediate_values:
                     continue

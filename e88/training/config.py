@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -133,6 +134,11 @@ class TrainingConfig:
     def span(self) -> int:
         """Tokens of a row that follow one another."""
         return self.carry * self.window
+
+    def points_passed(self, used: float) -> int:
+        """How many of the `eval_points` a run has passed that has used this fraction of its budget."""
+        # A fraction times a whole number may fall short of a whole one by rounding.
+        return min(self.eval_points, math.floor(used * (self.eval_points + 1) + 1e-9))
 
     def to_dict(self) -> dict[str, Any]:
         return {**vars(self), "budget": self.budget.to_dict()}

@@ -58,9 +58,9 @@ def _by_octave(values: np.ndarray, scored: np.ndarray) -> np.ndarray:
     position = np.cumsum(scored, axis=1)
     # Of 1, 2, 3 to 4, 5 to 8: the bits of the position before it.
     octave = np.frexp(position - 1.0)[1]
-    width = int(octave.max()) + 1
-    place = np.arange(len(values))[:, None] * width + octave
-    sums = np.bincount(place[scored], weights=values[scored], minlength=len(values) * width)
+    width = int(octave[scored].max()) + 1
+    place = (np.arange(len(values))[:, None] * width + octave)[scored]
+    sums = np.bincount(place, weights=values[scored], minlength=len(values) * width)
     return sums.reshape(len(values), width)
 
 

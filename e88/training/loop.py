@@ -75,9 +75,9 @@ def train(
     on_evaluation: called in the first process after a held-out evaluation on the way. keep_checkpoint: leave the last
     one there when the budget is spent; otherwise it is not even written.
     Raises UserError for wrong input and for want of memory, Interrupted when stopped by a signal (after writing a
-    checkpoint), RanksLost where another process died. A run whose loss or gradients stop being finite ends with status
-    `diverged`, the last good checkpoint in place, and beside it bad_step.safetensors, from which `e88.training.replay`
-    repeats that step.
+    checkpoint), RanksLost where another process died. A run whose loss or gradients stop being finite, or whose last
+    weights or held-out score are not, ends with status `diverged`, the last good checkpoint in place, and beside it
+    bad_step.safetensors, from which `e88.training.replay` repeats that step, or the one that would have come.
     """
     group, folder = group or Group(torch.device("cpu")), Path(folder)
     with group.watched(), told_of_lack(model_config, config, group):
@@ -115,12 +115,14 @@ def _train(
             observers = [reporter] if reporter and group.is_first else []
             if tensorboard and group.is_first:
                 observers.append(Scalars(folder))
+            result = None
             try:
                 reason = _spend(run, sampler, heldout, observers, stop, on_evaluation)
+                if reason is None:
+                    result, reason = _score(run, sampler, heldout)
                 status = "diverged" if reason else "done"
             except Pruned as pruned:
                 reason, status = str(pruned), "pruned"
-            result = _evaluate(run, heldout) if status == "done" else None
             keep_checkpoint |= status == "diverged"
             if keep_checkpoint:
                 state.save(run)
@@ -143,7 +145,15 @@ def _spend(
     on_evaluation: OnEvaluation | None,
 ) -> str | None:  # fmt: skip
     """Take steps until the budget is spent; the reason where the run diverged."""
+    saves = False
     while run.used < 1:
+        if run.due:
+            finite = math.isfinite(_evaluate(run, heldout).bpb)
+            run.due = False
+            if finite and on_evaluation and run.group.is_first:
+                on_evaluation(run.heldout[-1], run.used)
+        if saves:
+            state.save(run)
         before, used = run.clock.seconds["train"], run.used
         reason = _train_step(run, sampler)
         if reason:
@@ -152,17 +162,25 @@ def _spend(
             observer.step(run.log.entries[-1], run.used, _seconds_left(run))
         # One clock is the run's, and a signal to any process is one to all.
         run.clock.seconds["train"], stops = _agree(run, stop)
+        now = run.clock.seconds["train"]
+        point = run.config.points_passed(run.used) > run.config.points_passed(used)
+        run.due = point or _due(run.config.eval_every, before, now)
         if stops:
             raise Interrupted
-        now = run.clock.seconds["train"]
-        share = 1 / (run.config.eval_points + 1)
-        if run.used < 1 and (_due(run.config.eval_every, before, now) or _due(share, used, run.used)):
-            _evaluate(run, heldout)
-            if on_evaluation and run.group.is_first:
-                on_evaluation(run.heldout[-1], run.used)
-        if run.used < 1 and _due(run.config.checkpoint_every, before, now):
-            state.save(run)
+        saves = _due(run.config.checkpoint_every, before, now)
     return None
+
+
+def _score(run: Run, sampler: WindowSampler, heldout: HeldOutWindows) -> tuple[HeldOut | None, str | None]:
+    """The held-out score at the end; or why there is none: the last update left weights or a score not finite."""
+    # Of weights in shards, the ones that are here.
+    own = [p.to_local() if hasattr(p, "to_local") else p for p in run.model.parameters()]
+    (bad,) = run.group.sum([float(not all(bool(p.isfinite().all()) for p in own))])
+    result = None if bad else _evaluate(run, heldout)
+    if result and math.isfinite(result.bpb):
+        return result, None
+    what = "the weights are" if bad else "the held-out score is"
+    return None, f"after the last step {what} not finite: {_train_step(run, sampler, update=False)}"
 
 
 def _agree(run: Run, stop: threading.Event) -> tuple[float, bool]:
@@ -177,8 +195,11 @@ def _due(every: float, before: float, now: float) -> bool:
     return every > 0 and now // every > before // every
 
 
-def _train_step(run: Run, sampler: WindowSampler) -> str | None:
-    """One optimiser step; the reason where it could not be taken, and then nothing changed."""
+def _train_step(run: Run, sampler: WindowSampler, *, update: bool = True) -> str | None:
+    """One optimiser step; the reason where it could not be taken, and then nothing changed.
+
+    Without `update` it is not taken whatever its numbers are.
+    """
     config = run.config
     lr = run.optimizer.set_used(run.used)
     before = run.clock.seconds["train"]
@@ -192,10 +213,10 @@ def _train_step(run: Run, sampler: WindowSampler) -> str | None:
         layers = {"layers": stats.read()} if stats else {}
         norm = run.optimizer.clip(config.clip or math.inf, run.group)
         values = run.group.mean(torch.stack([loss, norm])).tolist()
-        finite = all(math.isfinite(v) for v in values)
-        if finite:
+        taken = update and all(math.isfinite(v) for v in values)
+        if taken:
             run.optimizer.step()
-    if not finite:
+    if not taken:
         state.save_bad_step(run, batch, *values)
         repeat = partial(backward, run.nll, windows, config, run.ddp, run.carry)
         found = trace(run.model, windows, config, run.group, repeat, run.carry)
@@ -236,7 +257,9 @@ def _evaluate(run: Run, heldout: HeldOutWindows) -> HeldOut:
     seconds = run.clock.seconds["train"]
     # A run killed after its last checkpoint evaluates that step once more.
     run.heldout = [point for point in run.heldout if point["step"] < run.step]
-    run.heldout.append({"step": run.step, "tokens": run.tokens, "seconds": seconds, "bpb": result.bpb})
+    # What is not finite is no point of a curve, and no JSON; the run ends as diverged with the next step.
+    if math.isfinite(result.bpb):
+        run.heldout.append({"step": run.step, "tokens": run.tokens, "seconds": seconds, "bpb": result.bpb})
     return result
 
 

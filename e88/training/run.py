@@ -25,7 +25,7 @@ from e88.training.steplog import StepLog
 class Run:
     """model: the bare one. nll: from windows to nll in training, through the module `ddp` where that mode is on. carry:
     in its place where windows go on from states. size: what `e88.sizing.closed_form.describe` says of the model.
-    heldout: the evaluations so far. check: the layer's error on a GPU."""
+    heldout: the evaluations so far. due: whether one comes before the next step. check: the layer's error on a GPU."""
 
     name: str
     model_config: ModelConfig
@@ -46,6 +46,7 @@ class Run:
     step: int = 0
     tokens: int = 0
     heldout: list[dict[str, Any]] = field(default_factory=list)
+    due: bool = False
     backends: set[str] = field(default_factory=set)
     check: dict[str, Any] | None = None
 

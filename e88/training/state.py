@@ -99,8 +99,8 @@ def save(run: Run) -> None:
             meta = {
                 "kind": "run", **_identity(run), "tokens": run.tokens,
                 "seconds": run.clock.seconds, "wall": time.perf_counter() - run.wall_start,
-                "started": run.started, "heldout": run.heldout, "optimizer": optimizer,
-                "carried": carried,
+                "started": run.started, "heldout": run.heldout, "due": run.due,
+                "optimizer": optimizer, "carried": carried,
             }  # fmt: skip
             weights = [t for name, t in tensors.items() if name.startswith(("model.", "trained."))]
             if run.group.shared(lambda: all(bool(t.isfinite().all()) for t in weights)):
@@ -201,6 +201,8 @@ def _restore(run: Run, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None
                 parameter.copy_(trained[name])
     torch.set_rng_state(tensors["rng.torch"])
     run.step, run.tokens, run.heldout = meta["step"], meta["tokens"], meta["heldout"]
+    # Older checkpoints do not say.
+    run.due = meta.get("due", False)
     run.clock.seconds.update(meta["seconds"])
     if run.carry:
         run.carry.before = carried(tensors, meta, run.device)

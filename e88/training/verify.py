@@ -8,6 +8,7 @@ import torch
 
 from e88.errors import UserError
 from e88.layers.accuracy import check
+from e88.layers.mixer import backends_for
 from e88.models.config import ModelConfig
 from e88.training.config import TrainingConfig
 
@@ -19,15 +20,16 @@ def verify(model: ModelConfig, config: TrainingConfig, device: torch.device, row
     """rows: windows at once. What the record says of the check (tensor, error, tolerance; of a hybrid the mixer that is
     further off), or None where none is made.
 
-    Raises UserError where the layer's output or a gradient is wrong.
+    Raises UserError where the layer's output or a gradient is wrong, or no mixer knows the backend.
     """
     if device.type not in DEVICES:
         return None
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     windows = 2 if config.carry > 1 else 1
     tune = (rows, windows * config.window)
+    chosen = backends_for((mixer.kind for mixer in model.mixers), config.backend)
     parts = [
-        (part.mixer.kind, check(part, device, dtype, config.backend, tune=tune, windows=windows))
+        (part.mixer.kind, check(part, device, dtype, chosen[part.mixer.kind], tune=tune, windows=windows))
         for part in model.parts()
     ]
     if device.type == "cuda":

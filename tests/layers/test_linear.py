@@ -47,6 +47,17 @@ def test_gradients_side_by_side_in_one_tensor_or_missing(used, width):
             assert (a is None and b is None) or torch.allclose(a, b, rtol=1e-12), i
 
 
+@pytest.mark.parametrize("rows", [(10, 101), (64, 61), (128, 3)])
+def test_a_last_gradient_with_zeros_of_its_own(rows):
+    x, weights = problem(rows=rows)
+    own = torch.zeros(2, 5, rows[1] + -rows[1] % 64, dtype=x.dtype)
+    grads = [torch.randn(2, 5, rows[0], dtype=x.dtype), own[..., : rows[1]].normal_()]
+    got = torch.autograd.grad(_JointLinear.apply(x, *weights), [x, *weights], grads)
+    want = torch.autograd.grad([F.linear(x, weight) for weight in weights], [x, *weights], grads)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 def test_neighbours_become_one_matrix_without_a_copy():
     wide = torch.randn(4, 40)
     a, b, c = wide.split([24, 8, 8], -1)
@@ -59,10 +70,11 @@ def test_neighbours_become_one_matrix_without_a_copy():
 def test_a_width_that_products_are_slow_for_takes_the_zeros_behind_it():
     wide = torch.randn(4, 64)
     for width in (35, 61):
-        assert _whole_rows(wide[:, :width]).shape == (4, 64)
+        assert _whole_rows(wide[:, :width], 64).shape == (4, 64)
+        assert _whole_rows(wide[:, :width], 63).shape == (4, width)
     # A width that is fast already, a matrix that is no more than that, columns that are something else's.
     for other in (wide[:, :36], torch.randn(4, 35), torch.randn(4, 128)[:, :35], wide[:, 1:], wide[:3, :35]):
-        assert _whole_rows(other) is other
+        assert _whole_rows(other, 128) is other
 
 
 def test_compiles_as_one_graph():

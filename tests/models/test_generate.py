@@ -94,6 +94,14 @@ def test_the_state_goes_on_where_generation_stopped(model):
     assert pieces + rest == whole
 
 
+def test_a_prompt_after_tokens_goes_on_from_all_of_them(model):
+    d, text = decoder(model, b"abc"), list(b"abc")
+    for count, more in ((1, b"d"), (5, b"efg"), (0, b"hi"), (2, b"j")):
+        text += [*take(d, count), *more]
+        d.read(torch.tensor([list(more)]), chunk=2)
+        torch.testing.assert_close(d.logits, model(torch.tensor([text]))[:, -1], rtol=1e-9, atol=1e-9)
+
+
 def test_the_state_given_is_left_alone_and_taken_in_any_dtype(model):
     first = decoder(model, b"abc", sampling=GREEDY)
     take(first, 4)

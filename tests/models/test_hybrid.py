@@ -127,6 +127,32 @@ def test_both_mixers_are_checked_before_a_run(monkeypatch):
 
 
 @pytest.mark.parametrize("other", OTHERS, ids=lambda c: c.kind)
+def test_a_backend_is_for_the_mixers_that_know_it(other, monkeypatch):
+    monkeypatch.setattr(module, "DEVICES", ("cpu",))
+    model, windows = LanguageModel(hybrid(other)), torch.randint(256, (1, 9))
+    mine, theirs = model.blocks[0].mixer, model.blocks[1].mixer
+    for name in {"auto", *mine.backends, *theirs.backends}:
+        model.set_backend(name)
+        for mixer in (mine, theirs):
+            assert mixer.backend == (name if name in mixer.backends else "auto")
+        # What is not to be had here is no unknown name to the mixer itself.
+        try:
+            model.nll(windows)
+        except UserError as error:
+            assert f"backend '{name}' cannot serve" in str(error)
+    config = TrainingConfig(budget=Budget(steps=1), batch_size=2, window=8, precision="fp32", backend="reference")
+    assert verify(hybrid(other), config, torch.device("cpu"), 2) is not None
+    model.set_backend("reference")
+    for refused in (
+        lambda: model.set_backend("no-such"),
+        lambda: verify(hybrid(other), dataclasses.replace(config, backend="no-such"), torch.device("cpu"), 2),
+    ):
+        with pytest.raises(UserError, match="unknown backend 'no-such'.*"):
+            refused()
+    assert mine.backend == "reference"
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=lambda c: c.kind)
 def test_a_prepared_model_goes_on_as_it_would_have(other):
     torch.manual_seed(0)
     model = LanguageModel(hybrid(other))

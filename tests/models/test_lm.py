@@ -50,6 +50,12 @@ def test_teacher_forced_stepping_equals_the_parallel_pass(mixer):
     assert error(m(tokens[:, 6:], reached), whole[:, 6:]) < 1e-9
 
 
+@pytest.mark.parametrize("mixer", MIXERS, ids=lambda c: c.kind)
+def test_a_new_state_is_where_the_model_is(mixer):
+    state = model(mixer).to("meta").init_state(2)
+    assert {tensor.device.type for part in state for tensor in part.values()} == {"meta"}
+
+
 def test_a_wide_model_begins_with_an_even_guess_where_a_gain_sees_to_it():
     """With a tied head and a small update of the stream it begins by predicting its own input."""
     mixer = E88Config(n_heads=32, n_state=32, gate=True, conv=4)

@@ -14,7 +14,9 @@ from e88.training.distributed import Group
 from e88.training.evaluate import evaluate
 
 
-@pytest.mark.parametrize(("window", "context", "batch"), [(1, 0, 4), (16, 0, 3), (20, 0, 64), (20, 48, 5), (33, 7, 1)])
+@pytest.mark.parametrize(
+    ("window", "context", "batch"), [(1, 0, 4), (1, 5, 1), (16, 0, 3), (20, 0, 64), (20, 48, 5), (33, 7, 1)]
+)
 def test_bits_in_all_and_by_octave_are_those_of_the_tokens(tmp_path, window, context, batch):
     path = tmp_path / "text.txt"
     path.write_bytes(bytes(np.random.default_rng(0).integers(32, 127, 30_000, dtype=np.uint8)))

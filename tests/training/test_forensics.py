@@ -1,4 +1,6 @@
 import dataclasses
+import json
+import re
 
 import pytest
 import torch
@@ -174,6 +176,56 @@ def test_weights_that_overflowed_do_not_replace_a_good_checkpoint(corpus, tiny, 
     # Going on from the last good checkpoint gets past the step, and leaves no bad one behind.
     record = train(tiny, dataclasses.replace(c, checkpoint_every=0.0), corpus, tmp_path / "run", resume=True)
     assert record["status"] == "done" and not (tmp_path / "run" / state.BAD_STEP).exists()
+
+
+def decay_without_bound(model):
+    """Weights that are not finite, of which nothing shows in a score."""
+    model.blocks[1].mixer.dt_bias.data[0] = -float("inf")
+
+
+def loud_score(model):
+    """A score that is not finite, of weights that are."""
+    nll = model.nll
+    model.nll = lambda windows: nll(windows) if model.training else nll(windows) * float("nan")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (nan_weight, "weights are not finite: .* the weight blocks.1.mixer.o_proj.weight"),
+        (decay_without_bound, "weights are not finite: .* the weight blocks.1.mixer.dt_bias"),
+        (loud_score, "held-out score is not finite: .* every tensor of the step is finite"),
+    ],
+)
+def test_a_run_whose_last_update_overflows_diverges(change, named, corpus, tiny, tmp_path, runs):
+    class Poison:
+        def step(self, entry, used, seconds_left):
+            if entry["step"] == 8:
+                change(runs[0].model)
+
+    record = train(tiny, config(), corpus, tmp_path / "run", reporter=Poison())
+    assert record["status"] == "diverged" and re.search(named, record["reason"])
+    assert record["results"]["diverged_step"] == 8 and record["results"]["heldout_bpb"] is None
+    found = replay(tmp_path / "run", CPU)
+    assert found.repeats and found.meta["step"] == 8
+
+
+def test_a_record_holds_no_number_that_json_has_not(corpus, tiny, tmp_path, runs):
+    class Poison:
+        def step(self, entry, used, seconds_left):
+            if entry["step"] == 3:
+                nan_weight(runs[0].model)
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    seen = []
+    train(
+        tiny, config(eval_points=7), corpus, tmp_path, reporter=Poison(), on_evaluation=lambda p, _: seen.append(p)
+    )  # fmt: skip
+    record = json.loads((tmp_path / "record.json").read_text(), parse_constant=refuse)
+    assert record["status"] == "diverged" and record["heldout_curve"] == seen
+    assert [point["step"] for point in seen] == [1, 2]
 
 
 def test_what_cannot_be_replayed_is_one_line(corpus, tiny, tmp_path):

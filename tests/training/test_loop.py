@@ -113,6 +113,25 @@ def test_evaluations_on_the_way_do_not_change_the_run(corpus, tiny, tmp_path):
     assert len(often["heldout_curve"]) == 8
 
 
+@pytest.mark.parametrize(
+    ("steps", "points", "at"), [(10, 9, range(1, 10)), (10, 4, (2, 4, 6, 8)), (7, 2, (3, 5)), (4, 9, (1, 2, 3))]
+)
+def test_points_are_at_equal_shares_of_the_budget_resumed_or_not(steps, points, at, corpus, tiny, tmp_path):
+    c = config(steps, eval_points=points)
+    with pytest.raises(Interrupted):
+        train(tiny, c, corpus, tmp_path, reporter=StopAt(steps // 2))
+    record = train(tiny, c, corpus, tmp_path, resume=True)
+    assert [point["step"] for point in record["heldout_curve"]] == [*at, steps]
+
+
+@given(steps=st.integers(1, 10**6), points=st.integers(1, 400))
+def test_points_are_counted_exactly(steps, points):
+    c = config(steps, eval_points=points)
+    for step in {step for k in range(1, 6) for step in (steps * k // 6, -(-steps * k // (points + 1))) if step < steps}:
+        used = c.budget.used(seconds=0.0, steps=step, tokens=0, flops=0.0)
+        assert c.points_passed(used) == step * (points + 1) // steps
+
+
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_a_number_that_is_not_finite_stops_the_run_and_names_the_layer(where, corpus, tiny, tmp_path, runs):
     class Poison:

@@ -14,10 +14,9 @@ from torch import Tensor
 from e88.ops.cuda.launch import checkpoint_rows, column, evenly_spaced, launch, plan_for, rows
 from e88.ops.cuda.plan import Edges, Plan
 from e88.ops.differentiable import differentiable
-from e88.ops.operands import add_parts, parts_of, sequences
+from e88.ops.operands import ALIGN, add_parts, parts_of, sequences
 
 FINISH_THREADS = 128
-ALIGN = 64
 
 
 class Projections(NamedTuple):
@@ -96,8 +95,7 @@ def _scalars(a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
 def _widths(x: Saved) -> list[int]:
     """Columns in the packed gradient of qkv, gate, a and b, 0 for what is not there, and of the space behind them."""
     there = [0 if u is None or u.dtype != x.qkv.dtype else u.shape[-1] for u in (x.qkv, x.gate, x.a, x.b)]
-    # Rows begin at a line of the cache, 128 bytes; a head's piece of a row would otherwise touch one more. The space
-    # holds zeros, so that a product can take whole rows.
+    # The space holds zeros, so that a product can take whole rows.
     return [*there, -sum(there) % ALIGN]
 
 
