@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,17 @@ def test_an_experiment_has_each_run_once_seed_by_seed(text: Path) -> None:
     assert experiment.planned["a", "data", 1].id == experiment.planned["b", "data", 1].id
     assert len(study.at("smoke", claims=["x"], seeds=5).runs) == 10
     assert len({run.id for run in experiment.runs} | {run.id for run in study.at("full").runs}) == 6
+
+
+def test_a_whole_number_is_the_same_model_as_its_float(text: Path) -> None:
+    options: list[dict[str, Any]] = [{"expand_v": 2, "branch_gain": 4}, {"expand_v": 2.0, "branch_gain": 4.0}]
+    models = {name: {"preset": "plan-medium", **given} for name, given in zip("ab", options, strict=True)}
+    runs = parse_study("test", table(models=models), data=str(text)).at("smoke").runs
+    assert len(runs) == 2
+    for run in runs:
+        saved = run.spec.model.to_dict()
+        assert json.dumps(ModelConfig.from_dict(saved).to_dict()) == json.dumps(saved)
+        assert (repr(saved["mixer"]["expand_v"]), repr(saved["branch_gain"])) == ("2.0", "4.0")
 
 
 def test_a_model_may_have_its_own_training_at_all_scales_or_one(text: Path) -> None:
