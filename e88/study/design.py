@@ -91,9 +91,11 @@ class Study:
             for key in ("training", "seeds", *SPREAD):
                 table.pop(key, None)
             own = {key: table.pop(key) for key in self.scales if key in table}
+            rule = scale.shrink if scale else FULL
+            full_size = rule.is_none
             if scale is not None and scale.name in own:
-                return build(own[scale.name], Shrink(tolerance=scale.shrink.tolerance), self._params_at(scale))
-            return build(table, scale.shrink if scale else FULL, self._params_at(scale))
+                table, rule = own[scale.name], Shrink(tolerance=rule.tolerance)
+            return build(table, rule, self._params_at(scale), full_size=full_size)
         except UserError as error:
             raise UserError(f"model '{name}': {error}") from error
 

@@ -54,14 +54,15 @@ class Shrink:
 
     @property
     def is_none(self) -> bool:
-        return self.params == 1
+        return self.width == self.depth == 1
 
 
-def build(table: Mapping[str, Any], shrink: Shrink, params_of: Callable[[str], int]) -> ModelConfig:
-    """The configuration of a table. params_of: parameters of another model of the study, for `match`."""
+def build(table: Mapping[str, Any], shrink: Shrink, params_of: Callable[[str], int], *, full_size: bool) -> ModelConfig:
+    """The configuration of a table. params_of: parameters of another model of the study, for `match`. full_size:
+    whether the study is not shrunk, so that a preset's `match` does not hold."""
     options = dict(table)
     match = options.pop("match", None)
-    if match is not None and not ("preset" in options and shrink.is_none):
+    if match is not None and not ("preset" in options and full_size):
         return _matched(options, params_of(match), shrink.tolerance)
     if "preset" in options:
         base = preset(options.pop("preset"))

@@ -47,7 +47,7 @@ def test_shrinking_keeps_kind_heads_width_and_the_share_of_parameters(name: str)
     assert abs(small.depth * block_params(small) - wanted) <= max(
         0.51 * block_params(small), block_params(small) - wanted
     )
-    assert shrunk(config, Shrink()) == config
+    assert shrunk(config, Shrink()) == config != shrunk(config, Shrink(width=2, depth=0.25))
 
 
 def test_models_are_solved_matched_and_overridden() -> None:
@@ -60,6 +60,7 @@ def test_models_are_solved_matched_and_overridden() -> None:
         "wide": {"preset": "e88-500m", "match": "a", "branch_gain": 4.0},
         "doc": {"preset": "gdn-500m-doc", "match": "a"},
         "normed": {"preset": "transformer-500m", "qk_norm": True, "match": "a"},
+        "there": {"preset": "tiny-e88", "smoke": {"preset": "gdn-500m", "match": "a"}},
     }
     study = parse_study("test", table(models=models))
     full, smoke = study.model, lambda name: study.model(name, study.scales["smoke"])
@@ -74,6 +75,7 @@ def test_models_are_solved_matched_and_overridden() -> None:
     assert count_params(full("same")) == pytest.approx(count_params(full("a")), rel=0.01)
     assert count_params(smoke("rival")) == pytest.approx(count_params(smoke("a")), rel=0.2)
     assert smoke("own") == PRESETS["tiny-e88"].config
+    assert count_params(smoke("there")) == pytest.approx(count_params(smoke("a")), rel=0.2)
     # Only dimensions are found: what a preset is apart from them stays.
     for name in ("wide", "doc", "normed"):
         small, mixer = smoke(name), full(name).mixer
