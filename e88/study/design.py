@@ -22,6 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from e88.data.tokenizer import Tokenizer
 from e88.errors import UserError, unknown_name
 from e88.models.config import ModelConfig, build_config
 from e88.sizing.closed_form import count_params
@@ -94,10 +95,17 @@ class Study:
             rule = scale.shrink if scale else FULL
             full_size = rule.is_none
             if scale is not None and scale.name in own:
-                table, rule = own[scale.name], Shrink(tolerance=rule.tolerance)
+                table, rule = dict(own[scale.name]), Shrink(tolerance=rule.tolerance)
+            if self.vocab_size is not None:
+                table["vocab_size"] = self.vocab_size
             return build(table, rule, self._params_at(scale), full_size=full_size)
         except UserError as error:
             raise UserError(f"model '{name}': {error}") from error
+
+    @cached_property
+    def vocab_size(self) -> int | None:
+        """The tokenizer's, which every model has; None where there is none."""
+        return Tokenizer.load(self.tokenizer).vocab_size if self.tokenizer else None
 
     def _params_at(self, scale: Scale | None) -> Callable[[str], int]:
         return lambda other: count_params(self.model(other, scale))

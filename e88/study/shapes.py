@@ -79,9 +79,10 @@ def _matched(options: dict[str, Any], target: int, tolerance: float) -> ModelCon
     """A kind's usual form, or a preset's own, in a shape of `target` parameters."""
     if "preset" not in options:
         kind = options.pop("kind", "")
+        vocab_size = options.pop("vocab_size", ModelConfig.vocab_size)
         if options:
             raise UserError(f"a model with kind and match has the kind's usual form; drop {', '.join(options)}")
-        return matched(kind, target, tolerance)
+        return matched(kind, target, tolerance, vocab_size=vocab_size)
     form = _with(preset(options.pop("preset")), options)
     if form.hybrid is not None or (form.mlp_hidden and not isinstance(form.mixer, AttentionConfig)):
         raise UserError("match finds shapes of one mixer, with an MLP for attention alone; leave out match")
@@ -103,6 +104,7 @@ def _solved(options: dict[str, Any], shrink: Shrink) -> ModelConfig:
     kind = mixer_kind(options.pop("kind"))
     target = round(parse_count(str(options.pop("params"))) / shrink.params)
     fixed = {key: options.pop(key) for key in SOLVED_KEYS if key in options}
+    find = {"tolerance": shrink.tolerance, "vocab_size": options.pop("vocab_size", ModelConfig.vocab_size)}
     if "dim" in fixed:
         fixed["dim"] = _width(fixed["dim"] / shrink.width)
     if "n_heads" in fixed:
@@ -111,10 +113,10 @@ def _solved(options: dict[str, Any], shrink: Shrink) -> ModelConfig:
         fixed["depth"] = max(round(fixed["depth"] / shrink.depth), 1)
     if kind == "e88":
         template = build_config(E88Config, {"n_heads": 1, **options})
-        return solve(target, template=template, tolerance=shrink.tolerance, top=1, **fixed)[0].config
+        return solve(target, template=template, top=1, **find, **fixed)[0].config
     if set(fixed) - {"depth"} or options:
         raise UserError(f"a {kind} model is solved from params and depth alone; drop {', '.join({**fixed, **options})}")
-    return matched(kind, target, shrink.tolerance, **fixed)
+    return matched(kind, target, **find, **fixed)
 
 
 def shrunk(config: ModelConfig, shrink: Shrink) -> ModelConfig:

@@ -84,6 +84,27 @@ def test_models_are_solved_matched_and_overridden() -> None:
         assert replace(small.mixer, **sizes) == mixer and small.branch_gain == full(name).branch_gain
 
 
+def test_models_are_matched_and_solved_with_the_vocabulary_of_the_tokenizer(tmp_path: Path) -> None:
+    vocabulary = {str(i): i for i in range(5000)}
+    (tmp_path / "words.json").write_text(json.dumps({"model": {"type": "WordLevel", "vocab": vocabulary}}))
+    models = {
+        "a": {"preset": "plan-100m", "smoke": {"preset": "tiny-e88"}},
+        "b": {"kind": "gdn", "match": "a"},
+        "c": {"preset": "mamba2-100m", "match": "a"},
+        "d": {"kind": "e88", "params": "100M"},
+        "e": {"kind": "transformer", "params": "100M"},
+    }
+    study = parse_study("test", {**table(models=models), "tokenizer": str(tmp_path / "words.json")})
+    smoke = study.scales["smoke"]
+    for name, scale, target in (
+        ("b", None, count_params(study.model("a"))), ("b", smoke, count_params(study.model("a", smoke))),
+        ("c", smoke, count_params(study.model("a", smoke))), ("d", None, 1e8), ("e", None, 1e8),
+    ):  # fmt: skip
+        config = study.model(name, scale)
+        assert config.vocab_size == 5000
+        assert count_params(config) == pytest.approx(target, rel=0.2 if scale else 0.01)
+
+
 def test_an_experiment_has_each_run_once_seed_by_seed(text: Path) -> None:
     models = {"a": {"preset": "plan-medium"}, "b": {"preset": "plan-depth32"}, "c": {"preset": "plan-depth16"}}
     claim = {"says": "", "source": "", "lower": ["a", "c"]}
