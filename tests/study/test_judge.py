@@ -20,7 +20,9 @@ from e88.study.verdict import CONFIRMED, REFUTED, UNDECIDED, Verdict
 MODEL = {"kind": "e88", "dim": 16, "n_heads": 2, "n_state": 8}
 
 
-def study(text: Path, claims: dict[str, Any], seeds: int = 4, of_a: dict[str, Any] | None = None) -> Experiment:
+def study(
+    text: Path, claims: dict[str, Any], seeds: int = 4, of_a: dict[str, Any] | None = None, models: str = "abc"
+) -> Experiment:
     """Models a, b, c of one, two and three layers, and those claims. of_a: training keys of the first."""
     claims = {name: {"says": "", "source": "", **claim} for name, claim in claims.items()}
     table: dict[str, Any] = {
@@ -28,7 +30,7 @@ def study(text: Path, claims: dict[str, Any], seeds: int = 4, of_a: dict[str, An
         "training": {"batch_size": 4, "window": 16, "heldout_bytes": 2000},
         "scales": {"smoke": {"seeds": seeds}},
         "budgets": {"steps": {"smoke": {"steps": 3}}, "speed": {"smoke": {"steps": 2}, "exclusive": True}},
-        "models": {name: {**MODEL, "depth": depth} for depth, name in enumerate("abc", 1)},
+        "models": {name: {**MODEL, "depth": depth} for depth, name in enumerate(models, 1)},
         "claims": claims,
     }
     table["models"]["a"]["training"] = of_a or {}
@@ -103,6 +105,21 @@ def test_each_form(text: Path, claim: dict[str, Any], outcome: str) -> None:
     assert found.outcome == outcome, found
     if outcome == UNDECIDED:
         assert found.reason
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "c", "d", "outcome"),
+    [
+        # a is shown to beat c alone, b to beat d alone.
+        ([2.0, 2.01], [0.9, 1.9, 1.5, 1.6], [3.0, 3.01, 1.0, 1.5], [1.9, 2.9, 2.5, 2.6], UNDECIDED),
+        # c is shown to beat a alone, d to beat b alone.
+        (LOW, [4.0, 2.0, 3.0, 2.5], [x - 1 for x in LOW], [3.0, 1.0, 2.0, 1.5], REFUTED),
+    ],
+)
+def test_one_claimed_model_must_beat_every_rival(text: Path, a: Any, b: Any, c: Any, d: Any, outcome: str) -> None:
+    experiment = study(text, {"it": {"best": ["a", "b"], "of": ["*"]}}, models="abcd")
+    (found,) = judge(experiment, records(experiment, {"a": a, "b": b, "c": c, "d": d}))
+    assert found.outcome == outcome, found
 
 
 def test_runs_that_diverged_failed_or_are_missing(text: Path) -> None:
