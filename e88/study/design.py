@@ -217,11 +217,14 @@ def parse_study(name: str, table: Mapping[str, Any], *, data: str | None = None)
     models = dict(_grid(table["models"]))
     shared = {key: set(scales) & set(value) - _exclusive_at(value, scales) for key, value in table["budgets"].items()}
     claims = tuple(parse_claim(key, value, list(models), shared) for key, value in table.get("claims", {}).items())
-    names = [claim.name for claim in claims]
+    simple = {claim.name: claim for claim in claims if claim.form != "all"}
     for claim in claims:
         for part in claim.models if claim.form == "all" else ():
-            if part not in names or next(c for c in claims if c.name == part).form == "all":
+            if part not in simple:
                 raise UserError(f"claim '{claim.name}': 'all' names simple claims of this study, '{part}' is none")
+            untested = set(claim.scales or scales) - set(simple[part].scales or scales)
+            if untested:
+                raise UserError(f"claim '{claim.name}': '{part}' is not tested at {min(untested)}; set 'scales' alike")
     return Study(
         name=name,
         title=str(table.get("title", name)),

@@ -217,12 +217,14 @@ def test_the_seeds_that_would_decide_do(seed: int, n: int, mean: float) -> None:
         ({"equals": ["a"], "value": 1}, "metric of size"),
         ({"all": ["it"]}, "simple claims"),
         ({"all": ["nothing"]}, "simple claims"),
+        ({"all": ["elsewhere"]}, "'elsewhere' is not tested at smoke"),
+        ({"trains": ["a"], "metric": "params"}, "'trains' needs runs"),
         ({"lower": ["a", "b"], "says": 3}, "the text 'says'"),
     ],
 )
 def test_wrong_claims_are_refused_in_one_line(text: Path, claim: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
-        study(text, {"it": claim})
+        study(text, {"it": claim, "elsewhere": {"trains": ["a"], "scales": ["full"]}})
     assert "\n" not in str(error.value) and "it" in str(error.value)
 
 
