@@ -211,6 +211,8 @@ def test_the_seeds_that_would_decide_do(seed: int, n: int, mean: float) -> None:
         ({"lower": ["a", "b"], "by": "much"}, "must be a number"),
         ({"lower": ["a", "b"], "metric": "tokens_per_second"}, "exclusive"),
         ({"close": ["a", "b"]}, "positive 'by'"),
+        ({"best": ["a"], "of": ["*"], "by": 0.1}, "neither 'by' nor 'factor'"),
+        ({"order": ["a", "b"], "factor": 1.1}, "neither 'by' nor 'factor'"),
         ({"best": ["a"]}, "'of'"),
         ({"best": ["a"], "of": ["b"]}, "'of'"),
         ({"equals": ["a"], "metric": "params"}, "'value'"),
