@@ -114,16 +114,19 @@ class Study:
         """One run of a model under a budget."""
         if scale.name not in self.budgets[budget]:
             raise UserError(f"the budget '{budget}' says nothing of scale '{scale.name}'; add {scale.name} = {{...}}")
+        options = {"budget": self.budgets[budget][scale.name], "seed": seed}
+        training = self._training(model, scale, config.mixer.kind, options)
+        return RunSpec(name=model, model=config, training=training, data=self.data, tokenizer=self.tokenizer)
+
+    def span(self, model: str, scale: Scale) -> int:
+        """Tokens that follow one another in a model's training."""
+        return self._training(model, scale, self.model(model).mixer.kind, {"budget": {"steps": 1}}).span
+
+    def _training(self, model: str, scale: Scale, kind: str, options: Mapping[str, Any]) -> TrainingConfig:
         given = self.models[model].get("training", {})
         own = {key: value for key, value in given.items() if key not in self.scales}
-        training = {
-            **self.training, **scale.training, **scale.kinds.get(config.mixer.kind, {}), **own,
-            **given.get(scale.name, {}), "budget": self.budgets[budget][scale.name], "seed": seed,
-        }  # fmt: skip
-        return RunSpec(
-            name=model, model=config, training=TrainingConfig.from_dict(training), data=self.data,
-            tokenizer=self.tokenizer,
-        )  # fmt: skip
+        shared = {**self.training, **scale.training, **scale.kinds.get(kind, {})}
+        return TrainingConfig.from_dict({**shared, **own, **given.get(scale.name, {}), **options})
 
     def spread(self, model: str, scale: Scale) -> dict[str, Any]:
         """gpus and parallel of a model's runs."""

@@ -82,7 +82,7 @@ class _Court:
 
     def verdict(self, claim: Claim) -> Verdict:
         if claim.is_exact:
-            return exact_verdict(claim, self.experiment.study)
+            return exact_verdict(claim, self.experiment.study, self.experiment.scale)
         ((unit, amount),) = self.experiment.study.budgets[claim.budget][self.scale].items()
         at = f"{amount:,.12g} {unit}"
         try:

@@ -122,6 +122,23 @@ def test_one_claimed_model_must_beat_every_rival(text: Path, a: Any, b: Any, c: 
     assert found.outcome == outcome, found
 
 
+def test_counts_are_over_the_windows_of_training() -> None:
+    table: dict[str, Any] = {
+        "training": {"window": 16},
+        "scales": {"smoke": {}, "full": {"training": {"window": 64}}},
+        "budgets": {"steps": {"smoke": {"steps": 3}, "full": {"steps": 3}}},
+        "models": {
+            "a": {"kind": "attention", "dim": 16, "depth": 1, "n_heads": 2},
+            "b": {"kind": "attention", "dim": 16, "depth": 1, "n_heads": 2, "training": {"carry": 3}},
+        },
+        "claims": {name: {"says": "", "source": "", "equals": [name], "metric": "state_per_layer", "value": 2 * 16 * 16}
+                   for name in "ab"},
+    }  # fmt: skip
+    table["claims"]["b"]["value"] *= 3
+    told = {scale: [v.outcome for v in judge(parse_study("test", table).at(scale), {})] for scale in table["scales"]}
+    assert told == {"smoke": [CONFIRMED, CONFIRMED], "full": [REFUTED, REFUTED]}
+
+
 def test_runs_that_diverged_failed_or_are_missing(text: Path) -> None:
     claim = {"lower": ["a", "b"]}
     assert verdict(text, claim, {"a": LOW, "b": [None] * 4}).outcome == CONFIRMED
