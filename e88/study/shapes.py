@@ -12,6 +12,7 @@ in the preset. At full size the preset is what it is.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +21,8 @@ from e88.errors import UserError
 from e88.models.config import (
     AttentionConfig,
     E88Config,
-    GatedDeltaNetConfig,
     Mamba2Config,
+    MixerConfig,
     ModelConfig,
     build_config,
     build_mixer_config,
@@ -123,14 +124,15 @@ def shrunk(config: ModelConfig, shrink: Shrink) -> ModelConfig:
     """A configuration by the rule: widths divided, then the depth that comes nearest to the divided count."""
     if shrink.is_none:
         return config
-    parts = [_narrow(part, shrink) for part in config.parts()]
-    small = parts[0]
-    if config.hybrid is not None:
-        # The stream is as wide as the pickier of the two asks for.
-        _, pickier = sorted(parts, key=lambda part: isinstance(part.mixer, (AttentionConfig, Mamba2Config)))
-        small = dataclasses.replace(
-            small, dim=pickier.dim, depth=config.depth, hybrid=parts[1].mixer, hybrid_every=config.hybrid_every
-        )
+    mixers = [_narrow(part.mixer, shrink) for part in config.parts()]
+    step = math.lcm(*map(_step, mixers))
+    small = dataclasses.replace(
+        config,
+        dim=_width(config.dim / shrink.width, step if step > 1 else WIDTH_STEP),
+        mixer=mixers[0],
+        mlp_hidden=round(config.mlp_hidden / shrink.width),
+        hybrid=mixers[1] if config.hybrid is not None else None,
+    )
     # The embedding does not shrink with the square of the width: the blocks alone are held to the rule.
     depth = round(_blocks(config) / shrink.params / _blocks(small) * small.depth)
     depth = max(depth, 1 if config.hybrid is None else 2)
@@ -142,22 +144,19 @@ def _blocks(config: ModelConfig) -> int:
     return sum(part.depth * block_params(part) for part in config.parts())
 
 
-def _narrow(config: ModelConfig, shrink: Shrink) -> ModelConfig:
-    """One block of a model of one mixer, widths divided by the rule."""
-    mixer, dim = config.mixer, _width(config.dim / shrink.width)
-    if isinstance(mixer, (E88Config, GatedDeltaNetConfig)):
-        mixer = dataclasses.replace(mixer, n_heads=max(round(mixer.n_heads / shrink.width), 1))
-    elif isinstance(mixer, Mamba2Config):
-        step = mixer.head_dim // mixer.expand
-        dim = max(round(config.dim / shrink.width / step), 1) * step
-    else:
-        assert isinstance(mixer, AttentionConfig)
-        heads = max(round(mixer.n_heads / shrink.width), 1)
-        dim = max(round(config.dim / shrink.width / heads / 2), 1) * heads * 2
-        mixer = dataclasses.replace(mixer, n_heads=heads)
-    hidden = round(config.mlp_hidden / shrink.width)
-    return dataclasses.replace(config, dim=dim, depth=1, mixer=mixer, mlp_hidden=hidden)
+def _narrow(mixer: MixerConfig, shrink: Shrink) -> MixerConfig:
+    """A mixer with its heads divided by the rule; Mamba2's follow from the width."""
+    if isinstance(mixer, Mamba2Config):
+        return mixer
+    return dataclasses.replace(mixer, n_heads=max(round(mixer.n_heads / shrink.width), 1))
 
 
-def _width(dim: float) -> int:
-    return max(round(dim / WIDTH_STEP), 1) * WIDTH_STEP
+def _step(mixer: MixerConfig) -> int:
+    """What the width must be a multiple of for a mixer to fill it with whole heads."""
+    if isinstance(mixer, Mamba2Config):
+        return math.lcm(mixer.head_dim * mixer.n_groups, mixer.expand) // mixer.expand
+    return 2 * mixer.n_heads if isinstance(mixer, AttentionConfig) else 1
+
+
+def _width(dim: float, step: int = WIDTH_STEP) -> int:
+    return max(round(dim / step), 1) * step

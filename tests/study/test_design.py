@@ -11,7 +11,7 @@ import pytest
 
 from e88.cli.study_view import plan_rows
 from e88.errors import UserError
-from e88.models.config import E88Config, ModelConfig
+from e88.models.config import AttentionConfig, E88Config, Mamba2Config, MixerConfig, ModelConfig
 from e88.sizing.closed_form import block_params, count_params, projection_ratio
 from e88.sizing.presets import PRESETS
 from e88.study.cost import Throughput
@@ -48,6 +48,23 @@ def test_shrinking_keeps_kind_heads_width_and_the_share_of_parameters(name: str)
         0.51 * block_params(small), block_params(small) - wanted
     )
     assert shrunk(config, Shrink()) == config != shrunk(config, Shrink(width=2, depth=0.25))
+
+
+@pytest.mark.parametrize(
+    ("mixer", "others"),
+    [
+        (Mamba2Config(expand=3), {}),
+        (Mamba2Config(n_groups=8, head_dim=32), {}),
+        (Mamba2Config(head_dim=32), {"dim": 1600, "hybrid": AttentionConfig(n_heads=40), "hybrid_every": 4}),
+        (AttentionConfig(n_heads=40), {"dim": 1600, "hybrid": Mamba2Config(head_dim=32), "hybrid_every": 4}),
+    ],
+)
+def test_shrinking_keeps_heads_whole(mixer: MixerConfig, others: dict[str, Any]) -> None:
+    config = ModelConfig(mixer=mixer, **{"dim": 1536, "depth": 16, **others})
+    small = shrunk(config, SMALL)
+    assert small.dim == pytest.approx(config.dim / 8, rel=0.35) and small.mixers[0].kind == mixer.kind
+    wanted = sum(part.depth * block_params(part) for part in config.parts()) / SMALL.params
+    assert sum(part.depth * block_params(part) for part in small.parts()) == pytest.approx(wanted, rel=0.35)
 
 
 def test_models_are_solved_matched_and_overridden() -> None:
