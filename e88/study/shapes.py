@@ -85,8 +85,8 @@ def _matched(options: dict[str, Any], target: int, tolerance: float) -> ModelCon
             raise UserError(f"a model with kind and match has the kind's usual form; drop {', '.join(options)}")
         return matched(kind, target, tolerance, vocab_size=vocab_size)
     form = _with(preset(options.pop("preset")), options)
-    if form.hybrid is not None or (form.mlp_hidden and not isinstance(form.mixer, AttentionConfig)):
-        raise UserError("match finds shapes of one mixer, with an MLP for attention alone; leave out match")
+    if form.hybrid is not None or bool(form.mlp_hidden) != isinstance(form.mixer, AttentionConfig):
+        raise UserError("match finds shapes of one mixer, attention with an MLP, others without; leave out match")
     found = matched(form.mixer.kind, target, tolerance, vocab_size=form.vocab_size, options=form.mixer)
     return dataclasses.replace(found, output_gain=form.output_gain, branch_gain=form.branch_gain)
 

@@ -180,6 +180,15 @@ def test_a_model_may_have_its_own_number_of_seeds(text: Path) -> None:
         ({"models": {"a": {"kind": "mamba2", "params": "1M", "dim": 64}}}, "drop dim"),
         ({"models": {"a": {"preset": "E88_b56n32"}, "b": {"kind": "gdn", "match": "a", "conv": 0}}}, "drop conv"),
         ({"models": {"a": {"preset": "E88_b56n32"}, "b": {"preset": "e88-500m-memory", "match": "a"}}}, "leave out"),
+        (
+            {
+                "models": {
+                    "a": {"preset": "E88_b56n32"},
+                    "b": {"preset": "transformer-500m", "mlp_hidden": 0, "match": "a"},
+                }
+            },
+            "attention with an MLP",
+        ),
         ({"scales": {"smoke": {"seeds": 0}}}, "seeds must be"),
         ({"scales": {"smoke": {"sees": 1}}}, "unknown"),
         ({"models": {"a": {"preset": "tiny-e88", "seeds": "3"}}}, "seeds must be"),
