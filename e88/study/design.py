@@ -16,7 +16,7 @@ title, source, data, tokenizer
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -217,7 +217,7 @@ def parse_study(name: str, table: Mapping[str, Any], *, data: str | None = None)
         for key in values:
             if key != "exclusive" and key not in scales:
                 raise unknown_name(f"scale in budget '{budget}':", key, ("exclusive", *scales))
-    models = dict(_grid(table["models"]))
+    models = _grid(table["models"])
     shared = {key: set(scales) & set(value) - _exclusive_at(value, scales) for key, value in table["budgets"].items()}
     claims = tuple(parse_claim(key, value, list(models), shared) for key, value in table.get("claims", {}).items())
     simple = {claim.name: claim for claim in claims if claim.form != "all"}
@@ -264,19 +264,21 @@ def _scale(name: str, table: Mapping[str, Any]) -> Scale:
     return scale
 
 
-def _grid(tables: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(name, table) of every model, those with `vary` multiplied out."""
+def _grid(tables: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """name -> table of every model, those with `vary` multiplied out."""
+    found: dict[str, Mapping[str, Any]] = {}
     for name, table in tables.items():
         if not isinstance(table, Mapping):
             raise UserError(f"model '{name}' must be a table, for instance {{preset = 'tiny-e88'}}")
         values = dict(table)
-        vary = values.pop("vary", None)
-        if vary is None:
-            yield name, values
-            continue
+        vary = values.pop("vary", {})
         for combination in itertools.product(*vary.values()):
             chosen = dict(zip(vary, combination, strict=True))
             try:
-                yield name.format(**chosen), {**values, **chosen}
+                full_name = name.format(**chosen)
             except (KeyError, IndexError, ValueError) as error:
                 raise UserError(f"model '{name}': its name may hold {{key}} of vary only ({error})") from error
+            if full_name in found:
+                raise UserError(f"two models are named '{full_name}'; put {{key}} of each key of vary in the name")
+            found[full_name] = {**values, **chosen}
+    return found
