@@ -85,8 +85,12 @@ class Study:
             raise UserError(f"model '{model}': seeds must be a positive integer, got {count!r}")
         return count
 
-    def model(self, name: str, scale: Scale | None = None) -> ModelConfig:
-        """A model of the study, at full size where no scale is given."""
+    def model(self, name: str, scale: Scale | None = None, *, matching: tuple[str, ...] = ()) -> ModelConfig:
+        """A model of the study, at full size where no scale is given. matching: those whose match has led to it."""
+        if name not in self.models:
+            raise unknown_name("model", name, self.models)
+        if name in matching:
+            raise UserError(f"match goes in a circle: {' -> '.join((*matching, name))}; give one of them its own size")
         try:
             table = dict(self.models[name])
             for key in ("training", "seeds", *SPREAD):
@@ -98,7 +102,7 @@ class Study:
                 table, rule = dict(own[scale.name]), Shrink(tolerance=rule.tolerance)
             if self.vocab_size is not None:
                 table["vocab_size"] = self.vocab_size
-            return build(table, rule, self._params_at(scale), full_size=full_size)
+            return build(table, rule, self._params_at(scale, (*matching, name)), full_size=full_size)
         except UserError as error:
             raise UserError(f"model '{name}': {error}") from error
 
@@ -107,8 +111,8 @@ class Study:
         """The tokenizer's, which every model has; None where there is none."""
         return Tokenizer.load(self.tokenizer).vocab_size if self.tokenizer else None
 
-    def _params_at(self, scale: Scale | None) -> Callable[[str], int]:
-        return lambda other: count_params(self.model(other, scale))
+    def _params_at(self, scale: Scale | None, matching: tuple[str, ...]) -> Callable[[str], int]:
+        return lambda other: count_params(self.model(other, scale, matching=matching))
 
     def run(self, model: str, budget: str, seed: int, scale: Scale, config: ModelConfig) -> RunSpec:
         """One run of a model under a budget."""

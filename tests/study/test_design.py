@@ -176,6 +176,8 @@ def test_a_model_may_have_its_own_number_of_seeds(text: Path) -> None:
         ({"models": {"a": {"dim": 3}}}, "needs a preset"),
         ({"models": {"a{x}": {"preset": "tiny-e88", "vary": {"dim": [1]}}}}, "vary only"),
         ({"models": {"a": {"preset": "tiny-e88", "vary": {"dim": [64, 96]}}}}, "two models are named 'a'"),
+        ({"models": {"a": {"kind": "gdn", "match": "b"}, "b": {"kind": "e88", "match": "a"}}}, "circle: a -> b -> a"),
+        ({"models": {"a": {"preset": "tiny-e88"}, "b": {"kind": "e88", "match": "aa"}}}, "unknown model"),
         ({"models": {"a": {"preset": "tiny-e99"}}}, "did you mean"),
         ({"models": {"a": {"preset": "tiny-e88", "headz": 1}}}, "unknown"),
         ({"models": {"a": {"kind": "mamba2", "params": "1M", "dim": 64}}}, "drop dim"),
