@@ -13,7 +13,7 @@ from e88.models.config import AttentionConfig, E88Config, GatedDeltaNetConfig, M
 from e88.sizing.advice import hardware, verdicts
 from e88.sizing.closed_form import params_by_group
 from e88.sizing.solve import matched, mixer_kind, solve
-from e88.sizing.units import human_count, parse_count
+from e88.sizing.units import human_bytes, human_count, parse_count
 
 # Log-uniform from 1M to 20B parameters.
 TARGETS = st.floats(6, 10.3).map(lambda exponent: round(10**exponent))
@@ -155,3 +155,10 @@ def test_parse_count_refuses(text: str) -> None:
 def test_human_count_keeps_the_size(value: int) -> None:
     text = human_count(value)
     assert parse_count(text) == pytest.approx(value, rel=0.05 if value >= 1000 else 0)
+
+
+@pytest.mark.parametrize("size", [1e3, 1e6, 1e9])
+def test_what_rounds_to_a_thousand_is_one_of_the_next_unit(size: float) -> None:
+    for value in (size * (1 - 1e-5), size):
+        assert human_count(value).startswith("1.0") and human_bytes(value).split()[0] in ("1", "1.0")
+    assert human_count(996e6) == "996.0M" and human_bytes(996e6) == "996 MB"
