@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from e88.study.claims import LESS_IS_BETTER, SPEEDS, Claim
 from e88.study.design import Experiment
-from e88.study.statistics import LEVEL, MOST_SEEDS, Estimate, mean_interval, seeds_to_decide
+from e88.study.statistics import LEVEL, MOST_SEEDS, Estimate, mean_interval, paired, seeds_to_decide
 from e88.study.store import Record
 from e88.study.verdict import CONFIRMED, REFUTED, UNDECIDED, Verdict, exact_verdict
 from e88.training.config import deciding
@@ -144,19 +144,16 @@ class _Court:
         # Of ratios the logarithms are what is averaged.
         return math.log(value) if claim.is_ratio else float(value)
 
-    def _pair(
-        self, claim: Claim, values: Mapping[str, Mapping[int, float]], first: str, second: str, comparisons: int = 1
-    ) -> _Pair:
+    def _pair(self, values: Mapping[str, Mapping[int, float]], first: str, second: str, comparisons: int = 1) -> _Pair:
         """second - first over the seeds that both have: how far the first lies below the second."""
-        shared = sorted(values[first].keys() & values[second].keys())
-        if not shared:
+        differences = paired(values[second], values[first])
+        if not differences:
             raise _Missing(f"{first} and {second} share no seed")
-        differences = [values[second][seed] - values[first][seed] for seed in shared]
         return _Pair((first, second), differences, 1 - (1 - LEVEL) / comparisons)
 
     def _pair_verdict(self, claim: Claim, values: Mapping[str, Mapping[int, float]]) -> Verdict:
         first, second = claim.models
-        pair = self._pair(claim, values, first, second)
+        pair = self._pair(values, first, second)
         if claim.form == "close":
             return self._close_verdict(claim, pair)
         if claim.form == "higher":
@@ -193,7 +190,7 @@ class _Court:
     def _better(
         self, claim: Claim, values: Mapping[str, Mapping[int, float]], first: str, second: str, comparisons: int
     ) -> _Pair:
-        pair = self._pair(claim, values, first, second, comparisons)
+        pair = self._pair(values, first, second, comparisons)
         sign = 1 if LESS_IS_BETTER[claim.metric] else -1
         return replace(pair, differences=[sign * d for d in pair.differences])
 
