@@ -29,6 +29,13 @@ def _positive(config: Any, *names: str) -> None:
         _require(isinstance(value, int) and value >= 1, f"{name} must be a positive integer, got {value!r}")
 
 
+def _as_floats(config: Any) -> None:
+    """Whole numbers in fields of type float become floats, so that equal configurations are written down alike."""
+    for f in dataclasses.fields(config):
+        if f.type == "float" and isinstance(value := getattr(config, f.name), int):
+            object.__setattr__(config, f.name, float(value))
+
+
 @dataclass(frozen=True, kw_only=True)
 class E88Config:
     """Options of the E88 layer. Defaults are the plain January form: no gate, convolution, norm or write gate.
@@ -52,6 +59,7 @@ class E88Config:
     a_high: float = 16.0
 
     def __post_init__(self) -> None:
+        _as_floats(self)
         _positive(self, "n_heads", "n_state")
         _require(self.n_state <= 256, f"n_state {self.n_state} is above 256; use more heads of a smaller state")
         _require(self.decay in DECAY_MODES, f"decay '{self.decay}' is not one of {', '.join(DECAY_MODES)}")
@@ -91,6 +99,7 @@ class GatedDeltaNetConfig:
     gate: bool = True
 
     def __post_init__(self) -> None:
+        _as_floats(self)
         _positive(self, "n_heads", "head_dim")
         width = self.head_dim * self.expand_v
         _require(width >= 1 and width == int(width), f"head_dim * expand_v = {width} must be a whole number >= 1")
@@ -132,6 +141,7 @@ class AttentionConfig:
     qk_norm: bool = False
 
     def __post_init__(self) -> None:
+        _as_floats(self)
         _positive(self, "n_heads")
         _require(self.rope_theta > 0, f"rope_theta must be positive, got {self.rope_theta}")
 
@@ -164,6 +174,7 @@ class ModelConfig:
     hybrid_every: int = 0
 
     def __post_init__(self) -> None:
+        _as_floats(self)
         _positive(self, "dim", "depth", "vocab_size")
         _require(0 <= self.output_gain <= 100, f"output_gain must be from 0 (by width) to 100, got {self.output_gain}")
         _require(0 < self.branch_gain <= 100, f"branch_gain must be above 0, at most 100, got {self.branch_gain}")
@@ -279,11 +290,8 @@ def build_config(cls: type, data: Mapping[str, Any]) -> Any:
         wrong_bool = isinstance(value, bool) and kind in ("int", "float")
         if expected is not None and (not isinstance(value, expected) or wrong_bool):
             raise UserError(f"{cls.__name__} key '{key}' must be of type {kind}, got {value!r}")
-    missing = [
-        f.name
-        for f in fields.values()
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in data
-    ]
+    required = [name for name, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
+    missing = [name for name in required if name not in data]
     if missing:
         raise UserError(f"{cls.__name__} is missing {', '.join(missing)}")
     return cls(**data)

@@ -197,11 +197,6 @@ PRESETS = {
 _BY_LOWER = {name.lower(): name for name in PRESETS}
 
 
-def preset_names() -> list[str]:
-    """All names: our sizes first, then document by document."""
-    return list(PRESETS)
-
-
 def find_preset(name: str) -> Preset:
     """The preset of this name in any case. UserError with the nearest names if there is none."""
     if name.lower() not in _BY_LOWER:

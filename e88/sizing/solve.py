@@ -280,10 +280,10 @@ def _rival_mixers(options: MixerConfig, dim: int, heads_off: int) -> Iterator[tu
     width = 128 if dim >= 768 else 64 if dim >= 256 else 32
     if isinstance(options, Mamba2Config):
         head_dim = 64 if dim >= 512 else 32
-        if options.expand * dim % head_dim == 0:
+        if options.expand * dim % (head_dim * options.n_groups) == 0:
             yield dataclasses.replace(options, head_dim=head_dim), 0, 0.0
-            # The library's d_state of 128 is most of a small model.
-            if dim < 512:
+            # The library's d_state of 128 is most of a small model; one that was asked for stays.
+            if dim < 512 and options is RIVALS["mamba2"]:
                 yield dataclasses.replace(options, head_dim=head_dim, d_state=64), 0, 0.5
     elif isinstance(options, GatedDeltaNetConfig) and dim % (width // 2) == 0:
         for heads in range(max(dim // width - heads_off, 1), -(-dim // width) + heads_off + 1):

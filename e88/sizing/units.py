@@ -19,16 +19,18 @@ def parse_count(text: str) -> int:
 
 def human_count(value: float) -> str:
     """541692032 -> '541.7M'; below a thousand the plain number."""
-    for size, unit, digits in ((1e9, "B", 2), (1e6, "M", 1), (1e3, "k", 1)):
-        if value >= size:
-            return f"{value / size:.{digits}f}{unit}"
-    return str(round(value))
+    for size, unit, digits in ((1, "", 0), (1e3, "k", 1), (1e6, "M", 1)):
+        text = f"{value / size:.{digits}f}"
+        if float(text) < 1000:
+            return text + unit
+    return f"{value / 1e9:.2f}B"
 
 
 def human_bytes(size: float) -> str:
     """28900000000 -> '28.9 GB'."""
     for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
+        text = f"{size:.3g}"
+        if float(text) < 1000:
+            return f"{text} {unit}"
         size /= 1000
     return f"{size:,.1f} GB"

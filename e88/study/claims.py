@@ -136,6 +136,8 @@ def _check(claim: Claim, budgets: Mapping[str, set[str]]) -> None:
         "'of' with more models than the best": claim.form == "best" and not set(claim.of) > set(claim.models),
         "a 'value'": claim.form == "equals" and claim.value is None,
         "a metric of size, which is exact": claim.form == "equals" and not claim.is_exact,
+        "runs, and a metric of size has none": claim.form in ("trains", "diverges") and claim.is_exact,
+        "neither 'by' nor 'factor'": claim.form not in PAIRS and (bool(claim.by) or claim.factor is not None),
         "a 'factor' and no 'by' where it is about a ratio": bool(claim.by) and claim.is_ratio,
     }
     for need, is_missing in wrong.items():

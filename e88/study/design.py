@@ -16,12 +16,13 @@ title, source, data, tokenizer
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from e88.data.tokenizer import Tokenizer
 from e88.errors import UserError, unknown_name
 from e88.models.config import ModelConfig, build_config
 from e88.sizing.closed_form import count_params
@@ -84,36 +85,52 @@ class Study:
             raise UserError(f"model '{model}': seeds must be a positive integer, got {count!r}")
         return count
 
-    def model(self, name: str, scale: Scale | None = None) -> ModelConfig:
-        """A model of the study, at full size where no scale is given."""
+    def model(self, name: str, scale: Scale | None = None, *, matching: tuple[str, ...] = ()) -> ModelConfig:
+        """A model of the study, at full size where no scale is given. matching: those whose match has led to it."""
+        if name not in self.models:
+            raise unknown_name("model", name, self.models)
+        if name in matching:
+            raise UserError(f"match goes in a circle: {' -> '.join((*matching, name))}; give one of them its own size")
         try:
             table = dict(self.models[name])
             for key in ("training", "seeds", *SPREAD):
                 table.pop(key, None)
             own = {key: table.pop(key) for key in self.scales if key in table}
+            rule = scale.shrink if scale else FULL
+            full_size = rule.is_none
             if scale is not None and scale.name in own:
-                return build(own[scale.name], Shrink(tolerance=scale.shrink.tolerance), self._params_at(scale))
-            return build(table, scale.shrink if scale else FULL, self._params_at(scale))
+                table, rule = dict(own[scale.name]), Shrink(tolerance=rule.tolerance)
+            if self.vocab_size is not None:
+                table["vocab_size"] = self.vocab_size
+            return build(table, rule, self._params_at(scale, (*matching, name)), full_size=full_size)
         except UserError as error:
             raise UserError(f"model '{name}': {error}") from error
 
-    def _params_at(self, scale: Scale | None) -> Callable[[str], int]:
-        return lambda other: count_params(self.model(other, scale))
+    @cached_property
+    def vocab_size(self) -> int | None:
+        """The tokenizer's, which every model has; None where there is none."""
+        return Tokenizer.load(self.tokenizer).vocab_size if self.tokenizer else None
+
+    def _params_at(self, scale: Scale | None, matching: tuple[str, ...]) -> Callable[[str], int]:
+        return lambda other: count_params(self.model(other, scale, matching=matching))
 
     def run(self, model: str, budget: str, seed: int, scale: Scale, config: ModelConfig) -> RunSpec:
         """One run of a model under a budget."""
         if scale.name not in self.budgets[budget]:
             raise UserError(f"the budget '{budget}' says nothing of scale '{scale.name}'; add {scale.name} = {{...}}")
+        options = {"budget": self.budgets[budget][scale.name], "seed": seed}
+        training = self._training(model, scale, config.mixer.kind, options)
+        return RunSpec(name=model, model=config, training=training, data=self.data, tokenizer=self.tokenizer)
+
+    def span(self, model: str, scale: Scale) -> int:
+        """Tokens that follow one another in a model's training."""
+        return self._training(model, scale, self.model(model).mixer.kind, {"budget": {"steps": 1}}).span
+
+    def _training(self, model: str, scale: Scale, kind: str, options: Mapping[str, Any]) -> TrainingConfig:
         given = self.models[model].get("training", {})
         own = {key: value for key, value in given.items() if key not in self.scales}
-        training = {
-            **self.training, **scale.training, **scale.kinds.get(config.mixer.kind, {}), **own,
-            **given.get(scale.name, {}), "budget": self.budgets[budget][scale.name], "seed": seed,
-        }  # fmt: skip
-        return RunSpec(
-            name=model, model=config, training=TrainingConfig.from_dict(training), data=self.data,
-            tokenizer=self.tokenizer,
-        )  # fmt: skip
+        shared = {**self.training, **scale.training, **scale.kinds.get(kind, {})}
+        return TrainingConfig.from_dict({**shared, **own, **given.get(scale.name, {}), **options})
 
     def spread(self, model: str, scale: Scale) -> dict[str, Any]:
         """gpus and parallel of a model's runs."""
@@ -204,14 +221,17 @@ def parse_study(name: str, table: Mapping[str, Any], *, data: str | None = None)
         for key in values:
             if key != "exclusive" and key not in scales:
                 raise unknown_name(f"scale in budget '{budget}':", key, ("exclusive", *scales))
-    models = dict(_grid(table["models"]))
+    models = _grid(table["models"])
     shared = {key: set(scales) & set(value) - _exclusive_at(value, scales) for key, value in table["budgets"].items()}
     claims = tuple(parse_claim(key, value, list(models), shared) for key, value in table.get("claims", {}).items())
-    names = [claim.name for claim in claims]
+    simple = {claim.name: claim for claim in claims if claim.form != "all"}
     for claim in claims:
         for part in claim.models if claim.form == "all" else ():
-            if part not in names or next(c for c in claims if c.name == part).form == "all":
+            if part not in simple:
                 raise UserError(f"claim '{claim.name}': 'all' names simple claims of this study, '{part}' is none")
+            untested = set(claim.scales or scales) - set(simple[part].scales or scales)
+            if untested:
+                raise UserError(f"claim '{claim.name}': '{part}' is not tested at {min(untested)}; set 'scales' alike")
     return Study(
         name=name,
         title=str(table.get("title", name)),
@@ -248,19 +268,21 @@ def _scale(name: str, table: Mapping[str, Any]) -> Scale:
     return scale
 
 
-def _grid(tables: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(name, table) of every model, those with `vary` multiplied out."""
+def _grid(tables: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """name -> table of every model, those with `vary` multiplied out."""
+    found: dict[str, Mapping[str, Any]] = {}
     for name, table in tables.items():
         if not isinstance(table, Mapping):
             raise UserError(f"model '{name}' must be a table, for instance {{preset = 'tiny-e88'}}")
         values = dict(table)
-        vary = values.pop("vary", None)
-        if vary is None:
-            yield name, values
-            continue
+        vary = values.pop("vary", {})
         for combination in itertools.product(*vary.values()):
             chosen = dict(zip(vary, combination, strict=True))
             try:
-                yield name.format(**chosen), {**values, **chosen}
+                full_name = name.format(**chosen)
             except (KeyError, IndexError, ValueError) as error:
                 raise UserError(f"model '{name}': its name may hold {{key}} of vary only ({error})") from error
+            if full_name in found:
+                raise UserError(f"two models are named '{full_name}'; put {{key}} of each key of vary in the name")
+            found[full_name] = {**values, **chosen}
+    return found

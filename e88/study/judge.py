@@ -12,10 +12,13 @@ from dataclasses import dataclass, replace
 
 from e88.study.claims import LESS_IS_BETTER, SPEEDS, Claim
 from e88.study.design import Experiment
-from e88.study.statistics import LEVEL, MOST_SEEDS, Estimate, mean_interval, seeds_to_decide
+from e88.study.statistics import LEVEL, MOST_SEEDS, Estimate, mean_interval, paired, seeds_to_decide
 from e88.study.store import Record
 from e88.study.verdict import CONFIRMED, REFUTED, UNDECIDED, Verdict, exact_verdict
 from e88.training.config import deciding
+
+# By the side of what is asked for on which a comparison lies.
+OUTCOMES = {1: CONFIRMED, -1: REFUTED, 0: UNDECIDED}
 
 
 def judge(experiment: Experiment, records: Mapping[str, Record]) -> list[Verdict]:
@@ -63,6 +66,11 @@ class _Pair:
         return None if needed is None else max(needed - len(self.differences), 1)
 
 
+def _standing(pair: _Pair) -> tuple[int, float]:
+    """By which pairs are ordered: what is shown, then by how much."""
+    return pair.side(0.0), pair.estimate.mean
+
+
 class _Missing(Exception):
     """The records cannot decide yet, or at all; the text says why."""
 
@@ -74,7 +82,7 @@ class _Court:
 
     def verdict(self, claim: Claim) -> Verdict:
         if claim.is_exact:
-            return exact_verdict(claim, self.experiment.study)
+            return exact_verdict(claim, self.experiment.study, self.experiment.scale)
         ((unit, amount),) = self.experiment.study.budgets[claim.budget][self.scale].items()
         at = f"{amount:,.12g} {unit}"
         try:
@@ -136,26 +144,22 @@ class _Court:
         # Of ratios the logarithms are what is averaged.
         return math.log(value) if claim.is_ratio else float(value)
 
-    def _pair(
-        self, claim: Claim, values: Mapping[str, Mapping[int, float]], first: str, second: str, comparisons: int = 1
-    ) -> _Pair:
+    def _pair(self, values: Mapping[str, Mapping[int, float]], first: str, second: str, comparisons: int = 1) -> _Pair:
         """second - first over the seeds that both have: how far the first lies below the second."""
-        shared = sorted(values[first].keys() & values[second].keys())
-        if not shared:
+        differences = paired(values[second], values[first])
+        if not differences:
             raise _Missing(f"{first} and {second} share no seed")
-        differences = [values[second][seed] - values[first][seed] for seed in shared]
         return _Pair((first, second), differences, 1 - (1 - LEVEL) / comparisons)
 
     def _pair_verdict(self, claim: Claim, values: Mapping[str, Mapping[int, float]]) -> Verdict:
         first, second = claim.models
-        pair = self._pair(claim, values, first, second)
+        pair = self._pair(values, first, second)
         if claim.form == "close":
             return self._close_verdict(claim, pair)
         if claim.form == "higher":
             pair = replace(pair, differences=[-d for d in pair.differences])
         threshold = math.log(claim.factor or 1) if claim.is_ratio else claim.by
-        outcome = {1: CONFIRMED, -1: REFUTED, 0: UNDECIDED}[pair.side(threshold)]
-        return self._by_pair(claim, outcome, pair, threshold)
+        return self._by_pair(claim, OUTCOMES[pair.side(threshold)], pair, threshold)
 
     def _close_verdict(self, claim: Claim, pair: _Pair) -> Verdict:
         inside = pair.side(-claim.by), pair.side(claim.by)
@@ -170,30 +174,23 @@ class _Court:
         pairs = [
             self._better(claim, values, a, b, steps) for a, b in zip(claim.models[:-1], claim.models[1:], strict=True)
         ]
-        sides = [pair.side(0.0) for pair in pairs]
-        outcome = REFUTED if -1 in sides else UNDECIDED if 0 in sides else CONFIRMED
         # The step that decides, or that lacks most.
-        worst = min(pairs, key=lambda pair: (pair.side(0.0), pair.estimate.mean))
-        return self._by_pair(claim, outcome, worst, 0.0)
+        worst = min(pairs, key=_standing)
+        return self._by_pair(claim, OUTCOMES[worst.side(0.0)], worst, 0.0)
 
     def _best_verdict(self, claim: Claim, values: Mapping[str, Mapping[int, float]]) -> Verdict:
+        """One claimed model that is shown to beat every rival confirms; a rival shown to beat it, for each, refutes."""
         others = [name for name in claim.of if name not in claim.models]
         count = len(others) * len(claim.models)
-        table = {b: [self._better(claim, values, a, b, count) for a in claim.models] for b in others}
-        # Each rival is held against the best of the claimed ones.
-        leads = {b: max(pairs, key=lambda pair: pair.estimate.mean) for b, pairs in table.items()}
-        ahead = [b for b, pairs in table.items() if all(pair.side(0.0) == -1 for pair in pairs)]
-        if ahead:
-            winner = min(ahead, key=lambda b: leads[b].estimate.mean)
-            return self._by_pair(claim, REFUTED, leads[winner], 0.0)
-        closest = min(leads.values(), key=lambda pair: (pair.side(0.0), pair.estimate.mean))
-        decided = all(pair.side(0.0) == 1 for pair in leads.values())
-        return self._by_pair(claim, CONFIRMED if decided else UNDECIDED, closest, 0.0)
+        # Of each claimed model the rival that it is least ahead of.
+        closest = [min((self._better(claim, values, a, b, count) for b in others), key=_standing) for a in claim.models]
+        champion = max(closest, key=_standing)
+        return self._by_pair(claim, OUTCOMES[champion.side(0.0)], champion, 0.0)
 
     def _better(
         self, claim: Claim, values: Mapping[str, Mapping[int, float]], first: str, second: str, comparisons: int
     ) -> _Pair:
-        pair = self._pair(claim, values, first, second, comparisons)
+        pair = self._pair(values, first, second, comparisons)
         sign = 1 if LESS_IS_BETTER[claim.metric] else -1
         return replace(pair, differences=[sign * d for d in pair.differences])
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from e88.data.corpus import Corpus, open_corpus
-from e88.models.config import ModelConfig
 from e88.study.spec import RunSpec
 from e88.training.config import config_hash
 
@@ -33,7 +31,6 @@ class Planner:
 
     def __init__(self) -> None:
         self._corpora: dict[tuple[str, str | None], Corpus] = {}
-        self._models: dict[ModelConfig, dict[str, Any]] = {}
 
     def plan(self, spec: RunSpec, exclusive: bool = False, gpus: int = 1, parallel: str = "ddp") -> PlannedRun:
         """The run of a spec, with the vocabulary of its data. Raises UserError where those cannot be opened."""
@@ -42,9 +39,7 @@ class Planner:
             self._corpora[key] = open_corpus(spec.data, tokenizer=spec.tokenizer)
         corpus = self._corpora[key]
         spec = spec.with_vocabulary(corpus.vocab_size)
-        if spec.model not in self._models:
-            self._models[spec.model] = spec.model.to_dict()
-        run_id = config_hash(self._models[spec.model], spec.training.to_dict(), corpus.hash)
+        run_id = config_hash(spec.model.to_dict(), spec.training.to_dict(), corpus.hash)
         return PlannedRun(run_id, spec, exclusive, gpus, parallel)
 
 

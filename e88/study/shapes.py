@@ -12,6 +12,7 @@ in the preset. At full size the preset is what it is.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +21,8 @@ from e88.errors import UserError
 from e88.models.config import (
     AttentionConfig,
     E88Config,
-    GatedDeltaNetConfig,
     Mamba2Config,
+    MixerConfig,
     ModelConfig,
     build_config,
     build_mixer_config,
@@ -54,14 +55,15 @@ class Shrink:
 
     @property
     def is_none(self) -> bool:
-        return self.params == 1
+        return self.width == self.depth == 1
 
 
-def build(table: Mapping[str, Any], shrink: Shrink, params_of: Callable[[str], int]) -> ModelConfig:
-    """The configuration of a table. params_of: parameters of another model of the study, for `match`."""
+def build(table: Mapping[str, Any], shrink: Shrink, params_of: Callable[[str], int], *, full_size: bool) -> ModelConfig:
+    """The configuration of a table. params_of: parameters of another model of the study, for `match`. full_size:
+    whether the study is not shrunk, so that a preset's `match` does not hold."""
     options = dict(table)
     match = options.pop("match", None)
-    if match is not None and not ("preset" in options and shrink.is_none):
+    if match is not None and not ("preset" in options and full_size):
         return _matched(options, params_of(match), shrink.tolerance)
     if "preset" in options:
         base = preset(options.pop("preset"))
@@ -78,12 +80,13 @@ def _matched(options: dict[str, Any], target: int, tolerance: float) -> ModelCon
     """A kind's usual form, or a preset's own, in a shape of `target` parameters."""
     if "preset" not in options:
         kind = options.pop("kind", "")
+        vocab_size = options.pop("vocab_size", ModelConfig.vocab_size)
         if options:
             raise UserError(f"a model with kind and match has the kind's usual form; drop {', '.join(options)}")
-        return matched(kind, target, tolerance)
+        return matched(kind, target, tolerance, vocab_size=vocab_size)
     form = _with(preset(options.pop("preset")), options)
-    if form.hybrid is not None or (form.mlp_hidden and not isinstance(form.mixer, AttentionConfig)):
-        raise UserError("match finds shapes of one mixer, with an MLP for attention alone; leave out match")
+    if form.hybrid is not None or bool(form.mlp_hidden) != isinstance(form.mixer, AttentionConfig):
+        raise UserError("match finds shapes of one mixer, attention with an MLP, others without; leave out match")
     found = matched(form.mixer.kind, target, tolerance, vocab_size=form.vocab_size, options=form.mixer)
     return dataclasses.replace(found, output_gain=form.output_gain, branch_gain=form.branch_gain)
 
@@ -102,6 +105,7 @@ def _solved(options: dict[str, Any], shrink: Shrink) -> ModelConfig:
     kind = mixer_kind(options.pop("kind"))
     target = round(parse_count(str(options.pop("params"))) / shrink.params)
     fixed = {key: options.pop(key) for key in SOLVED_KEYS if key in options}
+    find = {"tolerance": shrink.tolerance, "vocab_size": options.pop("vocab_size", ModelConfig.vocab_size)}
     if "dim" in fixed:
         fixed["dim"] = _width(fixed["dim"] / shrink.width)
     if "n_heads" in fixed:
@@ -110,24 +114,25 @@ def _solved(options: dict[str, Any], shrink: Shrink) -> ModelConfig:
         fixed["depth"] = max(round(fixed["depth"] / shrink.depth), 1)
     if kind == "e88":
         template = build_config(E88Config, {"n_heads": 1, **options})
-        return solve(target, template=template, tolerance=shrink.tolerance, top=1, **fixed)[0].config
+        return solve(target, template=template, top=1, **find, **fixed)[0].config
     if set(fixed) - {"depth"} or options:
         raise UserError(f"a {kind} model is solved from params and depth alone; drop {', '.join({**fixed, **options})}")
-    return matched(kind, target, shrink.tolerance, **fixed)
+    return matched(kind, target, **find, **fixed)
 
 
 def shrunk(config: ModelConfig, shrink: Shrink) -> ModelConfig:
     """A configuration by the rule: widths divided, then the depth that comes nearest to the divided count."""
     if shrink.is_none:
         return config
-    parts = [_narrow(part, shrink) for part in config.parts()]
-    small = parts[0]
-    if config.hybrid is not None:
-        # The stream is as wide as the pickier of the two asks for.
-        _, pickier = sorted(parts, key=lambda part: isinstance(part.mixer, (AttentionConfig, Mamba2Config)))
-        small = dataclasses.replace(
-            small, dim=pickier.dim, depth=config.depth, hybrid=parts[1].mixer, hybrid_every=config.hybrid_every
-        )
+    mixers = [_narrow(part.mixer, shrink) for part in config.parts()]
+    step = math.lcm(*map(_step, mixers))
+    small = dataclasses.replace(
+        config,
+        dim=_width(config.dim / shrink.width, step if step > 1 else WIDTH_STEP),
+        mixer=mixers[0],
+        mlp_hidden=round(config.mlp_hidden / shrink.width),
+        hybrid=mixers[1] if config.hybrid is not None else None,
+    )
     # The embedding does not shrink with the square of the width: the blocks alone are held to the rule.
     depth = round(_blocks(config) / shrink.params / _blocks(small) * small.depth)
     depth = max(depth, 1 if config.hybrid is None else 2)
@@ -139,22 +144,19 @@ def _blocks(config: ModelConfig) -> int:
     return sum(part.depth * block_params(part) for part in config.parts())
 
 
-def _narrow(config: ModelConfig, shrink: Shrink) -> ModelConfig:
-    """One block of a model of one mixer, widths divided by the rule."""
-    mixer, dim = config.mixer, _width(config.dim / shrink.width)
-    if isinstance(mixer, (E88Config, GatedDeltaNetConfig)):
-        mixer = dataclasses.replace(mixer, n_heads=max(round(mixer.n_heads / shrink.width), 1))
-    elif isinstance(mixer, Mamba2Config):
-        step = mixer.head_dim // mixer.expand
-        dim = max(round(config.dim / shrink.width / step), 1) * step
-    else:
-        assert isinstance(mixer, AttentionConfig)
-        heads = max(round(mixer.n_heads / shrink.width), 1)
-        dim = max(round(config.dim / shrink.width / heads / 2), 1) * heads * 2
-        mixer = dataclasses.replace(mixer, n_heads=heads)
-    hidden = round(config.mlp_hidden / shrink.width)
-    return dataclasses.replace(config, dim=dim, depth=1, mixer=mixer, mlp_hidden=hidden)
+def _narrow(mixer: MixerConfig, shrink: Shrink) -> MixerConfig:
+    """A mixer with its heads divided by the rule; Mamba2's follow from the width."""
+    if isinstance(mixer, Mamba2Config):
+        return mixer
+    return dataclasses.replace(mixer, n_heads=max(round(mixer.n_heads / shrink.width), 1))
 
 
-def _width(dim: float) -> int:
-    return max(round(dim / WIDTH_STEP), 1) * WIDTH_STEP
+def _step(mixer: MixerConfig) -> int:
+    """What the width must be a multiple of for a mixer to fill it with whole heads."""
+    if isinstance(mixer, Mamba2Config):
+        return math.lcm(mixer.head_dim * mixer.n_groups, mixer.expand) // mixer.expand
+    return 2 * mixer.n_heads if isinstance(mixer, AttentionConfig) else 1
+
+
+def _width(dim: float, step: int = WIDTH_STEP) -> int:
+    return max(round(dim / step), 1) * step

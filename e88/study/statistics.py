@@ -108,14 +108,18 @@ def heldout_estimate(values: Sequence[float], window_interval: Sequence[float] |
     return Estimate(estimate.mean, 1, low, high, "windows")
 
 
-def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -> Estimate | None:
-    """The mean of first - second over the seeds that both have, with its 95 % interval from two such seeds on.
+def paired(first: Mapping[int, float], second: Mapping[int, float]) -> list[float]:
+    """first - second at every seed that both have, of values by seed.
 
-    first, second: seed -> value. Runs of one seed draw the same data, so what they share cancels. None where the two
-    share no seed.
+    Runs of one seed draw the same data, so what they share cancels.
     """
-    shared = sorted(first.keys() & second.keys())
-    return mean_interval([first[seed] - second[seed] for seed in shared]) if shared else None
+    return [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
+
+
+def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -> Estimate | None:
+    """The mean of `paired` differences with its 95 % interval from two such seeds on; None where none is shared."""
+    differences = paired(first, second)
+    return mean_interval(differences) if differences else None
 
 
 def median_spread(values: Sequence[float], ranges: Sequence[Sequence[float]] = ()) -> Spread:

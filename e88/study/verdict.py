@@ -7,7 +7,7 @@ from typing import Any
 
 from e88.sizing.closed_form import describe
 from e88.study.claims import Claim
-from e88.study.design import Study
+from e88.study.design import Scale, Study
 from e88.study.statistics import Estimate
 
 CONFIRMED, REFUTED, UNDECIDED = "confirmed", "refuted", "undecided"
@@ -34,9 +34,12 @@ class Verdict:
     at: str = ""
 
 
-def exact_verdict(claim: Claim, study: Study) -> Verdict:
-    """The verdict on a claim about counts, from the full-size models alone."""
-    sizes: dict[str, Any] = {name: describe(study.model(name))[claim.metric] for name in (*claim.models, *claim.of)}
+def exact_verdict(claim: Claim, study: Study, scale: Scale) -> Verdict:
+    """The verdict on a claim about counts, from the full-size models alone, over windows as they are trained on."""
+    sizes: dict[str, Any] = {
+        name: describe(study.model(name), window=study.span(name, scale))[claim.metric]
+        for name in (*claim.models, *claim.of)
+    }
     missing = [name for name, value in sizes.items() if value is None]
     if missing:
         return Verdict(claim, "exact", UNDECIDED, f"{missing[0]} has no {claim.metric}")

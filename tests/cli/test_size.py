@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from e88.cli import main
-from e88.sizing.presets import preset_names
+from e88.sizing.presets import PRESETS
 
 DESCRIBE_KEYS = {
     "params", "params_by_group", "state_per_layer", "state_total", "state_bytes", "projection_ratio",
@@ -144,10 +144,10 @@ def test_tables(e88: Command) -> None:
 
 def test_presets(e88: Command) -> None:
     rows = e88.json("presets")["presets"]
-    assert [row["name"] for row in rows] == preset_names()
+    assert [row["name"] for row in rows] == list(PRESETS)
     assert set(rows[0]) == {"name", "params", "state_per_layer", "config", "description", "source"}
     _, out, _ = e88("presets")
-    assert all(name in out for name in preset_names())
+    assert all(name in out for name in PRESETS)
 
 
 @pytest.mark.parametrize(

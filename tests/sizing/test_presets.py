@@ -7,7 +7,7 @@ import pytest
 from e88.errors import UserError
 from e88.models.config import E88Config, ModelConfig
 from e88.sizing.closed_form import count_params
-from e88.sizing.presets import PRESETS, find_preset, preset, preset_names
+from e88.sizing.presets import PRESETS, find_preset, preset
 
 # (name, dim, depth, heads, n_state, gate) as the documents print them.
 DOCUMENT_SHAPES = [
@@ -39,8 +39,8 @@ def test_document_rows(name: str, dim: int, depth: int, heads: int, n_state: int
 
 
 def test_names_match_in_any_case_and_are_unique() -> None:
-    assert len({name.lower() for name in preset_names()}) == len(preset_names()) == len(PRESETS)
-    for name in preset_names():
+    assert len({name.lower() for name in PRESETS}) == len(PRESETS)
+    for name in PRESETS:
         assert preset(name.upper()) is preset(name.lower()) is PRESETS[name].config
         assert find_preset(name.lower()).name == name
 
@@ -78,7 +78,7 @@ def test_tiny_models_match(rival: str) -> None:
     assert count_params(preset(f"tiny-{rival}")) == pytest.approx(ours, rel=0.02)
 
 
-@pytest.mark.parametrize("name", [name for name in preset_names() if name.startswith("state-")])
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("state-")])
 def test_derived_widths_are_the_nearest_to_500m(name: str) -> None:
     config = preset(name)
     gaps = {

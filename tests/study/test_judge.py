@@ -20,7 +20,9 @@ from e88.study.verdict import CONFIRMED, REFUTED, UNDECIDED, Verdict
 MODEL = {"kind": "e88", "dim": 16, "n_heads": 2, "n_state": 8}
 
 
-def study(text: Path, claims: dict[str, Any], seeds: int = 4, of_a: dict[str, Any] | None = None) -> Experiment:
+def study(
+    text: Path, claims: dict[str, Any], seeds: int = 4, of_a: dict[str, Any] | None = None, models: str = "abc"
+) -> Experiment:
     """Models a, b, c of one, two and three layers, and those claims. of_a: training keys of the first."""
     claims = {name: {"says": "", "source": "", **claim} for name, claim in claims.items()}
     table: dict[str, Any] = {
@@ -28,7 +30,7 @@ def study(text: Path, claims: dict[str, Any], seeds: int = 4, of_a: dict[str, An
         "training": {"batch_size": 4, "window": 16, "heldout_bytes": 2000},
         "scales": {"smoke": {"seeds": seeds}},
         "budgets": {"steps": {"smoke": {"steps": 3}}, "speed": {"smoke": {"steps": 2}, "exclusive": True}},
-        "models": {name: {**MODEL, "depth": depth} for depth, name in enumerate("abc", 1)},
+        "models": {name: {**MODEL, "depth": depth} for depth, name in enumerate(models, 1)},
         "claims": claims,
     }
     table["models"]["a"]["training"] = of_a or {}
@@ -103,6 +105,38 @@ def test_each_form(text: Path, claim: dict[str, Any], outcome: str) -> None:
     assert found.outcome == outcome, found
     if outcome == UNDECIDED:
         assert found.reason
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "c", "d", "outcome"),
+    [
+        # a is shown to beat c alone, b to beat d alone.
+        ([2.0, 2.01], [0.9, 1.9, 1.5, 1.6], [3.0, 3.01, 1.0, 1.5], [1.9, 2.9, 2.5, 2.6], UNDECIDED),
+        # c is shown to beat a alone, d to beat b alone.
+        (LOW, [4.0, 2.0, 3.0, 2.5], [x - 1 for x in LOW], [3.0, 1.0, 2.0, 1.5], REFUTED),
+    ],
+)
+def test_one_claimed_model_must_beat_every_rival(text: Path, a: Any, b: Any, c: Any, d: Any, outcome: str) -> None:
+    experiment = study(text, {"it": {"best": ["a", "b"], "of": ["*"]}}, models="abcd")
+    (found,) = judge(experiment, records(experiment, {"a": a, "b": b, "c": c, "d": d}))
+    assert found.outcome == outcome, found
+
+
+def test_counts_are_over_the_windows_of_training() -> None:
+    table: dict[str, Any] = {
+        "training": {"window": 16},
+        "scales": {"smoke": {}, "full": {"training": {"window": 64}}},
+        "budgets": {"steps": {"smoke": {"steps": 3}, "full": {"steps": 3}}},
+        "models": {
+            "a": {"kind": "attention", "dim": 16, "depth": 1, "n_heads": 2},
+            "b": {"kind": "attention", "dim": 16, "depth": 1, "n_heads": 2, "training": {"carry": 3}},
+        },
+        "claims": {name: {"says": "", "source": "", "equals": [name], "metric": "state_per_layer", "value": 2 * 16 * 16}
+                   for name in "ab"},
+    }  # fmt: skip
+    table["claims"]["b"]["value"] *= 3
+    told = {scale: [v.outcome for v in judge(parse_study("test", table).at(scale), {})] for scale in table["scales"]}
+    assert told == {"smoke": [CONFIRMED, CONFIRMED], "full": [REFUTED, REFUTED]}
 
 
 def test_runs_that_diverged_failed_or_are_missing(text: Path) -> None:
@@ -194,18 +228,22 @@ def test_the_seeds_that_would_decide_do(seed: int, n: int, mean: float) -> None:
         ({"lower": ["a", "b"], "by": "much"}, "must be a number"),
         ({"lower": ["a", "b"], "metric": "tokens_per_second"}, "exclusive"),
         ({"close": ["a", "b"]}, "positive 'by'"),
+        ({"best": ["a"], "of": ["*"], "by": 0.1}, "neither 'by' nor 'factor'"),
+        ({"order": ["a", "b"], "factor": 1.1}, "neither 'by' nor 'factor'"),
         ({"best": ["a"]}, "'of'"),
         ({"best": ["a"], "of": ["b"]}, "'of'"),
         ({"equals": ["a"], "metric": "params"}, "'value'"),
         ({"equals": ["a"], "value": 1}, "metric of size"),
         ({"all": ["it"]}, "simple claims"),
         ({"all": ["nothing"]}, "simple claims"),
+        ({"all": ["elsewhere"]}, "'elsewhere' is not tested at smoke"),
+        ({"trains": ["a"], "metric": "params"}, "'trains' needs runs"),
         ({"lower": ["a", "b"], "says": 3}, "the text 'says'"),
     ],
 )
 def test_wrong_claims_are_refused_in_one_line(text: Path, claim: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
-        study(text, {"it": claim})
+        study(text, {"it": claim, "elsewhere": {"trains": ["a"], "scales": ["full"]}})
     assert "\n" not in str(error.value) and "it" in str(error.value)
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from e88.errors import UserError
-from e88.sizing.presets import preset_names
+from e88.sizing.presets import PRESETS
 from e88.study.spec import RunSpec, make_spec, parse_assignments
 
 
@@ -21,7 +21,7 @@ def test_specs_from_presets_and_assignments():
 
 
 def test_every_preset_has_a_learning_rate_of_its_own_or_of_its_kind():
-    for name in preset_names():
+    for name in PRESETS:
         training = make_spec(name, {"budget": {"steps": 3}}).training
         if name.startswith("tiny-"):
             assert training.batch_size == 4
