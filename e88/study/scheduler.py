@@ -197,7 +197,7 @@ class _Scheduler:
         with lock:
             spec = run.spec
             corpus = open_corpus(spec.data, tokenizer=spec.tokenizer)
-            size = describe(spec.model, window=spec.training.window)
+            size = describe(spec.model, window=spec.training.span)
             where = choose_device(self.device)
             reason = _reason(code, folder)
             record = failed(spec.name, spec.model, spec.training, corpus, size, where, reason)
